@@ -1,0 +1,1 @@
+//! Pictures and captions: decoding under limits, transforms, order.

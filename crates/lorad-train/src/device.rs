@@ -1,0 +1,1 @@
+//! Device names to candle devices.

@@ -1,0 +1,1 @@
+//! What image diffusion families share: noise schedules, timesteps, samplers, losses.

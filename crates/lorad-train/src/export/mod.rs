@@ -1,0 +1,1 @@
+//! Result files: diffusers, kohya, PEFT, merged pipeline, receipt.

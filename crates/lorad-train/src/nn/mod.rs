@@ -1,0 +1,1 @@
+//! Layers that train right: every forward here has a backward.

@@ -1,0 +1,1 @@
+//! Custom ops with forward and backward.

@@ -1,0 +1,1 @@
+//! One declaration of a hyperparameter: feeds JSON Schema, validation and docs.

@@ -1,0 +1,3 @@
+//! The `lorad` binary.
+
+fn main() {}
