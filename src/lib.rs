@@ -1,1 +1,3 @@
 //! The lorad server.
+
+pub mod ingest;

@@ -1,0 +1,321 @@
+//! Which caption belongs to which picture. Every file that finds no partner is named.
+//!
+//! Two ways, never mixed for one picture: a sidecar (`a.png` with `a.txt` or `a.caption`), or a row of a table
+//! (`metadata.jsonl`/`metadata.csv`, names relative to the table's folder).
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs,
+};
+
+use lorad_proto::dataset::Verdict;
+
+use super::{
+    Findings, IngestError, Limits, RawFile,
+    archive::{Magic, magic},
+    captions::{self, Row},
+    names,
+};
+
+/// Rows at fault that are named per table; the rest are counted.
+const MAX_ROW_FAULTS: usize = 100;
+
+/// A picture, with its caption unless that was refused.
+#[derive(Debug)]
+pub(super) struct Candidate {
+    pub(super) raw: RawFile,
+    pub(super) caption: Option<String>,
+    /// Extension to store it under, from its content.
+    pub(super) extension: &'static str,
+}
+
+/// Sorts files into pictures and captions and pairs them. Pictures come back in order of name, also those without a
+/// usable caption, so that they are looked at too and all errors are found at once.
+pub(super) fn pair(raw: Vec<RawFile>, limits: &Limits, findings: &mut Findings) -> Result<Vec<Candidate>, IngestError> {
+    let mut pictures = BTreeMap::new();
+    let mut sidecars = BTreeMap::new();
+    let mut tables = Vec::new();
+    for file in raw {
+        let base = file.name.rsplit('/').next().unwrap_or(&file.name).to_ascii_lowercase();
+        let (_, extension) = names::split_extension(&base);
+        match (base.as_str(), extension) {
+            ("metadata.jsonl" | "metadata.csv", _) => tables.push(file),
+            (_, "txt" | "caption") => {
+                sidecars.insert(file.name.clone(), file);
+            }
+            (_, extension) => sort_by_content(file, extension, &mut pictures, findings),
+        }
+    }
+    if let [first, second, ..] = tables.as_slice()
+        && parent(&first.name) == parent(&second.name)
+    {
+        let detail = format!("{} is there too; keep one table", first.name);
+        findings.refuse(&second.name, "metadata.two_tables", detail);
+    }
+    let rows = read_tables(&tables, &pictures, findings)?;
+    let mut by_stem: HashMap<&str, Vec<&RawFile>> = HashMap::new();
+    for sidecar in sidecars.values() {
+        by_stem
+            .entry(names::split_extension(&sidecar.name).0)
+            .or_default()
+            .push(sidecar);
+    }
+    refuse_shared_stems(&pictures, findings);
+    let table_covers = |name: &str| tables.iter().any(|t| name.starts_with(parent(&t.name)));
+
+    let mut captions: HashMap<String, Option<String>> = HashMap::new();
+    for name in pictures.keys() {
+        let stem = names::split_extension(name).0;
+        let beside = by_stem.remove(stem).unwrap_or_default();
+        let row = rows.get(name);
+        let caption = match (row, beside.as_slice()) {
+            (Some(row), []) => checked_row(name, row, limits, findings),
+            (None, [sidecar]) => checked_sidecar(sidecar, limits, findings)?,
+            (None, []) => {
+                let (code, detail) = if table_covers(name) {
+                    (
+                        "image.no_caption",
+                        "no row of the metadata table names this picture".to_owned(),
+                    )
+                } else {
+                    let base = stem.rsplit('/').next().unwrap_or(stem);
+                    (
+                        "image.no_caption",
+                        format!("no caption: expected {base}.txt or {base}.caption beside it"),
+                    )
+                };
+                findings.refuse(name, code, detail);
+                None
+            }
+            (Some(_), [sidecar, ..]) => {
+                let detail = format!("{name} has a caption in the metadata table too");
+                findings.refuse(&sidecar.name, "caption.two_captions", detail);
+                None
+            }
+            (None, [first, second, ..]) => {
+                let detail = format!("{name} has a caption in {} too", first.name);
+                findings.refuse(&second.name, "caption.two_captions", detail);
+                None
+            }
+        };
+        for sidecar in beside {
+            findings.ok(&sidecar.name);
+        }
+        captions.insert(name.clone(), caption);
+    }
+    let mut orphans: Vec<&RawFile> = by_stem.into_values().flatten().collect();
+    orphans.sort_by(|a, b| a.name.cmp(&b.name));
+    for orphan in orphans {
+        let stem = names::split_extension(&orphan.name).0;
+        let detail = format!("a caption without its picture: no {stem}.png, .jpg or .webp in the upload");
+        findings.refuse(&orphan.name, "caption.no_image", detail);
+    }
+    for table in &tables {
+        findings.ok(&table.name);
+    }
+    Ok(pictures
+        .into_values()
+        .map(|(raw, extension)| Candidate {
+            caption: captions.remove(&raw.name).flatten(),
+            raw,
+            extension,
+        })
+        .collect())
+}
+
+type Pictures = BTreeMap<String, (RawFile, &'static str)>;
+
+/// A picture is what its bytes say; an extension that promises another kind of file is refused.
+fn sort_by_content(file: RawFile, extension: &str, pictures: &mut Pictures, findings: &mut Findings) {
+    let named_picture = matches!(
+        extension,
+        "png"
+            | "jpg"
+            | "jpeg"
+            | "jpe"
+            | "webp"
+            | "gif"
+            | "bmp"
+            | "tif"
+            | "tiff"
+            | "avif"
+            | "heic"
+            | "heif"
+            | "svg"
+            | "exr"
+    );
+    let kind = match magic(&file.head) {
+        Magic::Png => "png",
+        Magic::Jpeg => "jpg",
+        Magic::Webp => "webp",
+        Magic::Zip | Magic::Gzip | Magic::Tar | Magic::OtherArchive(_) => {
+            findings.refuse(
+                &file.name,
+                "entry.nested_archive",
+                "an archive inside the archive is not read",
+            );
+            return;
+        }
+        _ if file.bytes == 0 => {
+            let code = if named_picture { "image.empty" } else { "file.empty" };
+            findings.refuse(&file.name, code, "the file is empty");
+            return;
+        }
+        Magic::Other(what) => {
+            let code = if named_picture {
+                "image.unsupported_format"
+            } else {
+                "file.unsupported"
+            };
+            let detail = format!("it is {what}; pictures must be PNG, JPEG or WebP");
+            findings.refuse(&file.name, code, detail);
+            return;
+        }
+        Magic::Unknown if named_picture => {
+            let detail = "its content is not a picture in PNG, JPEG or WebP format";
+            findings.refuse(&file.name, "image.unsupported_format", detail);
+            return;
+        }
+        Magic::Unknown => {
+            let detail =
+                "neither a picture (PNG, JPEG, WebP) nor a caption (.txt, .caption, metadata.jsonl, metadata.csv)";
+            findings.refuse(&file.name, "file.unsupported", detail);
+            return;
+        }
+    };
+    if !named_picture {
+        let detail = "it is a picture, but its name does not end in .png, .jpg or .webp";
+        findings.refuse(&file.name, "file.wrong_extension", detail);
+        return;
+    }
+    let fits = match kind {
+        "jpg" => matches!(extension, "jpg" | "jpeg" | "jpe"),
+        kind => extension == kind,
+    };
+    if !fits {
+        let detail = format!("the content is {kind}, not {extension}; it is read by its content");
+        findings.note(&file.name, Verdict::Warning, "image.wrong_extension", detail);
+    }
+    pictures.insert(file.name.clone(), (file, kind));
+}
+
+/// `a.png` and `a.jpg` would share one sidecar.
+fn refuse_shared_stems(pictures: &Pictures, findings: &mut Findings) {
+    let mut stems: HashMap<&str, &str> = HashMap::new();
+    for name in pictures.keys() {
+        if let Some(earlier) = stems.insert(names::split_extension(name).0, name) {
+            let detail = format!("{earlier} differs only by its extension, so one caption would belong to both");
+            findings.refuse(name, "image.ambiguous_name", detail);
+        }
+    }
+}
+
+/// The folder of a name, with its slash; empty at the top.
+fn parent(name: &str) -> &str {
+    name.rfind('/').map_or("", |i| &name[..=i])
+}
+
+fn read_tables(
+    tables: &[RawFile],
+    pictures: &Pictures,
+    findings: &mut Findings,
+) -> Result<HashMap<String, (String, Row)>, IngestError> {
+    let mut by_picture: HashMap<String, (String, Row)> = HashMap::new();
+    for table in tables {
+        let bytes = fs::read(&table.path).map_err(IngestError::io("read", &table.path))?;
+        let text = match captions::utf8(&bytes) {
+            Ok(text) => text,
+            Err((code, detail)) => {
+                findings.refuse(&table.name, code, detail);
+                continue;
+            }
+        };
+        let (rows, faults) = if table.name.to_ascii_lowercase().ends_with(".csv") {
+            captions::csv(text)
+        } else {
+            captions::jsonl(text)
+        };
+        let mut faults: Vec<(&'static str, String)> = faults;
+        if rows.is_empty() && faults.is_empty() {
+            faults.push(("metadata.empty", "the table has no rows".to_owned()));
+        }
+        for row in rows {
+            let line = row.line;
+            let picture = names::checked(&row.file_name).map(|name| format!("{}{name}", parent(&table.name)));
+            match picture {
+                Ok(picture) if !pictures.contains_key(&picture) => faults.push((
+                    "metadata.no_image",
+                    format!(
+                        "line {line} names {}, which is not in the upload",
+                        names::shown(row.file_name.as_bytes())
+                    ),
+                )),
+                Ok(picture) => {
+                    if let Some((_, earlier)) = by_picture.get(&picture) {
+                        faults.push((
+                            "metadata.duplicate_row",
+                            format!("lines {} and {line} both name {picture}", earlier.line),
+                        ));
+                    } else {
+                        by_picture.insert(picture, (table.name.clone(), row));
+                    }
+                }
+                Err((_, detail)) => faults.push(("metadata.bad_row", format!("line {line}: in `file_name`, {detail}"))),
+            }
+        }
+        let more = faults.len().saturating_sub(MAX_ROW_FAULTS);
+        for (code, detail) in faults.into_iter().take(MAX_ROW_FAULTS) {
+            findings.refuse(&table.name, code, detail);
+        }
+        if more > 0 {
+            findings.refuse(
+                &table.name,
+                "metadata.bad_row",
+                format!("{more} more rows are at fault"),
+            );
+        }
+    }
+    Ok(by_picture)
+}
+
+fn checked_row(
+    picture: &str,
+    (table, row): &(String, Row),
+    limits: &Limits,
+    findings: &mut Findings,
+) -> Option<String> {
+    match captions::caption(&row.text, limits.max_caption_chars) {
+        Ok(caption) => {
+            if let Some((code, detail)) = caption.warning {
+                findings.note(picture, Verdict::Warning, code, detail);
+            }
+            Some(caption.text)
+        }
+        Err((code, detail)) => {
+            findings.refuse(table, code, format!("line {} ({picture}): {detail}", row.line));
+            None
+        }
+    }
+}
+
+fn checked_sidecar(file: &RawFile, limits: &Limits, findings: &mut Findings) -> Result<Option<String>, IngestError> {
+    if file.bytes > limits.max_caption_bytes {
+        let detail = format!("{} bytes are too many for a caption", file.bytes);
+        findings.refuse(&file.name, "caption.too_long", detail);
+        return Ok(None);
+    }
+    let bytes = fs::read(&file.path).map_err(IngestError::io("read", &file.path))?;
+    let caption = captions::utf8(&bytes).and_then(|text| captions::caption(text, limits.max_caption_chars));
+    Ok(match caption {
+        Ok(caption) => {
+            if let Some((code, detail)) = caption.warning {
+                findings.note(&file.name, Verdict::Warning, code, detail);
+            }
+            Some(caption.text)
+        }
+        Err((code, detail)) => {
+            findings.refuse(&file.name, code, detail);
+            None
+        }
+    })
+}
