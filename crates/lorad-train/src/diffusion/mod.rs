@@ -1,1 +1,5 @@
-//! What image diffusion families share: noise schedules, timesteps, samplers, losses.
+//! What image diffusion families share: noise schedules, training targets, samplers. Knows no family and no files but
+//! `scheduler_config.json`.
+
+pub mod ddim;
+pub mod schedule;
