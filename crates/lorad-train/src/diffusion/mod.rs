@@ -2,4 +2,5 @@
 //! `scheduler_config.json`.
 
 pub mod ddim;
+pub mod sample;
 pub mod schedule;
