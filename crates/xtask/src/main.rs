@@ -8,6 +8,7 @@
     reason = "a developer's command line tool"
 )]
 
+mod bench;
 mod docs;
 mod exec;
 mod golden;
@@ -53,6 +54,8 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
+    /// Time a training step of lorad beside the reference's.
+    Bench,
     /// The architecture rules alone.
     Tidy,
     /// Check the vendored browser files against `static/vendor/VENDOR.toml`.
@@ -85,6 +88,7 @@ fn run(command: Command) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Golden { check } => golden::run(&root, check).map(|()| ExitCode::SUCCESS),
+        Command::Bench => bench::run(&root).map(|()| ExitCode::SUCCESS),
         Command::Tidy => tidy::print(&root),
         Command::Vendor => {
             let problems = vendor::check(&root);
