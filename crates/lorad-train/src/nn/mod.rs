@@ -1,1 +1,6 @@
-//! Layers that train right: every forward here has a backward.
+//! Layers: thin owners of frozen weights over [`crate::ops`]. They load by checkpoint key, so that a model's structure
+//! is its checkpoint's key tree. They know no family and no file format.
+
+mod params;
+
+pub use params::{AdaptableModule, AdapterSwitch, ExpectedTensor, Loading, ModuleKind, Params, TensorSource};

@@ -1,0 +1,279 @@
+//! Where layers get their weights and adapters from while a model is built.
+//!
+//! A model is built in one of two ways by the same constructors: *for real*, from a [`TensorSource`]; or *dry*, where
+//! nothing is read and only the keys, shapes and adaptable modules are recorded. So the list of expected keys is the
+//! model itself and cannot drift from it. Called by the models in `families/`; knows no file format.
+
+use std::{
+    cell::RefCell,
+    collections::BTreeSet,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use candle_core::{Device, Result, Tensor, bail};
+
+use crate::lora::{Adapter, AdapterSet};
+
+/// Gives frozen tensors by key, as f32 on the device asked for.
+pub trait TensorSource {
+    /// The tensor under `key`.
+    ///
+    /// # Errors
+    /// If it is missing, of another shape, or cannot be read.
+    fn tensor(&self, key: &str, shape: &[usize], device: &Device) -> Result<Tensor>;
+}
+
+/// Turns all adapters of one model on or off together. Cloning shares the switch.
+#[derive(Debug, Clone)]
+pub struct AdapterSwitch(Arc<AtomicBool>);
+
+impl Default for AdapterSwitch {
+    fn default() -> Self {
+        Self(Arc::new(AtomicBool::new(true)))
+    }
+}
+
+impl AdapterSwitch {
+    /// Whether adapters take part in the forward pass.
+    pub fn is_on(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Turns them on or off.
+    pub fn set(&self, on: bool) {
+        self.0.store(on, Ordering::Relaxed);
+    }
+}
+
+/// What an adapter may be put beside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ModuleKind {
+    /// `y = x W^T + b`, `W` of shape `(out_features, in_features)`.
+    Linear {
+        /// Width in.
+        in_features: usize,
+        /// Width out.
+        out_features: usize,
+    },
+    /// A convolution; `kernel` is its side length.
+    Conv2d {
+        /// Channels in.
+        in_channels: usize,
+        /// Channels out.
+        out_channels: usize,
+        /// Side length.
+        kernel: usize,
+    },
+}
+
+impl ModuleKind {
+    /// Shape of `lora_a` at this rank.
+    pub fn lora_a_shape(self, rank: usize) -> Vec<usize> {
+        match self {
+            Self::Linear { in_features, .. } => vec![rank, in_features],
+            Self::Conv2d {
+                in_channels, kernel, ..
+            } => vec![rank, in_channels, kernel, kernel],
+        }
+    }
+
+    /// Shape of `lora_b` at this rank.
+    pub fn lora_b_shape(self, rank: usize) -> Vec<usize> {
+        match self {
+            Self::Linear { out_features, .. } => vec![out_features, rank],
+            Self::Conv2d { out_channels, .. } => vec![out_channels, rank, 1, 1],
+        }
+    }
+}
+
+/// A module that can be adapted, by its path in the model's key tree (without the model's name in front).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdaptableModule {
+    /// `down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q`.
+    pub path: String,
+    /// Its shape.
+    pub kind: ModuleKind,
+}
+
+/// A tensor that a model needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExpectedTensor {
+    /// Key in the checkpoint.
+    pub key: String,
+    /// Shape.
+    pub shape: Vec<usize>,
+}
+
+/// One building of a model.
+pub struct Loading<'a> {
+    /// `None`: dry.
+    source: Option<&'a dyn TensorSource>,
+    device: Device,
+    adapters: &'a AdapterSet,
+    /// Put before a module's path to find its adapter: `unet`.
+    adapter_root: &'static str,
+    switch: AdapterSwitch,
+    used: RefCell<BTreeSet<String>>,
+    expected: RefCell<Vec<ExpectedTensor>>,
+    adaptable: RefCell<Vec<AdaptableModule>>,
+}
+
+impl<'a> Loading<'a> {
+    /// Builds for real. `adapter_root` is the first part of the adapters' keys (`unet`).
+    pub fn new(
+        source: &'a dyn TensorSource,
+        device: &Device,
+        adapters: &'a AdapterSet,
+        adapter_root: &'static str,
+    ) -> Self {
+        Self {
+            source: Some(source),
+            device: device.clone(),
+            adapters,
+            adapter_root,
+            switch: AdapterSwitch::default(),
+            used: RefCell::default(),
+            expected: RefCell::default(),
+            adaptable: RefCell::default(),
+        }
+    }
+
+    /// Records keys, shapes and adaptable modules only. The model that comes out cannot run.
+    pub fn dry(no_adapters: &'a AdapterSet) -> Self {
+        Self {
+            source: None,
+            device: Device::Cpu,
+            adapters: no_adapters,
+            adapter_root: "",
+            switch: AdapterSwitch::default(),
+            used: RefCell::default(),
+            expected: RefCell::default(),
+            adaptable: RefCell::default(),
+        }
+    }
+
+    /// The root of the key tree.
+    pub fn root(&self) -> Params<'_> {
+        Params {
+            loading: self,
+            path: String::new(),
+        }
+    }
+
+    /// The switch that the built layers share.
+    pub fn switch(&self) -> AdapterSwitch {
+        self.switch.clone()
+    }
+
+    /// Every tensor asked for.
+    pub fn expected(&self) -> Vec<ExpectedTensor> {
+        self.expected.borrow().clone()
+    }
+
+    /// Every module that could take an adapter.
+    pub fn adaptable(&self) -> Vec<AdaptableModule> {
+        self.adaptable.borrow().clone()
+    }
+
+    /// To be called when the model is built.
+    ///
+    /// # Errors
+    /// If an adapter under this model's root found no module: it would never get a gradient.
+    pub fn finish(&self) -> Result<()> {
+        let used = self.used.borrow();
+        let root = format!("{}.", self.adapter_root);
+        let lost: Vec<&str> = self
+            .adapters
+            .modules
+            .keys()
+            .filter(|key| key.starts_with(&root) && !used.contains(*key))
+            .map(String::as_str)
+            .collect();
+        if !lost.is_empty() {
+            bail!("no module for the adapters {}", lost.join(", "));
+        }
+        Ok(())
+    }
+}
+
+/// A place in the key tree.
+#[derive(Clone)]
+pub struct Params<'a> {
+    loading: &'a Loading<'a>,
+    path: String,
+}
+
+impl Params<'_> {
+    /// The child `name` (may hold dots).
+    #[must_use]
+    pub fn at(&self, name: impl std::fmt::Display) -> Self {
+        Self {
+            loading: self.loading,
+            path: self.key(name),
+        }
+    }
+
+    fn key(&self, name: impl std::fmt::Display) -> String {
+        if self.path.is_empty() {
+            name.to_string()
+        } else {
+            format!("{}.{name}", self.path)
+        }
+    }
+
+    /// Whether this is a dry build: tensors have their shape but no memory, and packing them is a waste.
+    pub fn is_dry(&self) -> bool {
+        self.loading.source.is_none()
+    }
+
+    /// Where the model goes.
+    pub fn device(&self) -> &Device {
+        &self.loading.device
+    }
+
+    /// The tensor `name` of this place.
+    ///
+    /// # Errors
+    /// If it is missing or of another shape; the message names key and shapes.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let key = self.key(name);
+        let tensor = match self.loading.source {
+            Some(source) => source.tensor(&key, shape, &self.loading.device)?,
+            None => Tensor::zeros((), candle_core::DType::F32, &Device::Cpu)?.broadcast_as(shape)?,
+        };
+        self.loading.expected.borrow_mut().push(ExpectedTensor {
+            key,
+            shape: shape.to_vec(),
+        });
+        Ok(tensor)
+    }
+
+    /// The adapter of the module at this place, if it has one, with the switch that governs it. Records the module as
+    /// adaptable.
+    ///
+    /// # Errors
+    /// If the adapter's tensors do not fit the module.
+    pub fn adapter(&self, kind: ModuleKind) -> Result<Option<(Adapter, AdapterSwitch)>> {
+        self.loading.adaptable.borrow_mut().push(AdaptableModule {
+            path: self.path.clone(),
+            kind,
+        });
+        let name = format!("{}.{}", self.loading.adapter_root, self.path);
+        let Some(adapter) = self.loading.adapters.modules.get(&name) else {
+            return Ok(None);
+        };
+        let (a, b) = (kind.lora_a_shape(adapter.rank), kind.lora_b_shape(adapter.rank));
+        if adapter.a.dims() != a || adapter.b.dims() != b {
+            bail!(
+                "adapter {name}: lora_A {:?} and lora_B {:?} do not fit; expected {a:?} and {b:?}",
+                adapter.a.dims(),
+                adapter.b.dims()
+            );
+        }
+        self.loading.used.borrow_mut().insert(name);
+        Ok(Some((adapter.clone(), self.loading.switch.clone())))
+    }
+}
