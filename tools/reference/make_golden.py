@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from pipelines import DEMO, GOLDEN, REPO, TARGETS, generator, load_pipeline, make_tiny_sd1, make_tiny_sd2, set_deterministic
 
 PIPELINES = ("tiny-sd1", "tiny-sd2", "demo")
-PARTS = ("model", "tokens", "text", "vae", "unet", "grads", "ddim", "schedule", "curve")
+PARTS = ("model", "optim", "tokens", "text", "vae", "unet", "grads", "ddim", "schedule", "curve")
 
 TEXTS = [
     "",
@@ -317,6 +317,43 @@ def make_curve(pipe, name: str, out: Path) -> None:
     save_json(out / "curves.json", described)
 
 
+# --- the optimizer alone -----------------------------------------------------------------------------------------
+
+
+def make_optim(out: Path) -> None:
+    """Learning rates of diffusers' schedules, and AdamW on two small tensors with gradients that jump in size."""
+    schedules = []
+    for name, reference in (("constant", "constant_with_warmup"), ("linear", "linear"), ("cosine", "cosine")):
+        for warmup, total in ((0, 10), (4, 20), (20, 20)):
+            p = torch.nn.Parameter(torch.zeros(1))
+            optimizer = torch.optim.AdamW([p], lr=2e-3)
+            s = get_scheduler(reference, optimizer=optimizer, num_warmup_steps=warmup, num_training_steps=total)
+            lrs = []
+            for _ in range(total):
+                lrs.append(s.get_last_lr()[0])
+                optimizer.step()
+                s.step()
+            schedules.append({"lr_scheduler": name, "learning_rate": 2e-3, "lr_warmup_steps": warmup, "total_steps": total, "lr": lrs})
+    save_json(out / "lr.json", schedules)
+
+    g = generator(10)
+    params = {n: torch.nn.Parameter(torch.randn(s, generator=g)) for n, s in (("a", (3, 5)), ("b", (4, 2)))}
+    tensors = {f"initial.{n}": p.data.clone() for n, p in params.items()}
+    optimizer = torch.optim.AdamW(list(params.values()), lr=1e-2, betas=(0.85, 0.97), weight_decay=0.1, eps=1e-6)
+    for step in range(8):
+        for n, p in params.items():
+            p.grad = torch.randn(p.shape, generator=g) * 10.0 ** (step % 4 - 2)
+            tensors[f"grad.{step}.{n}"] = p.grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(list(params.values()), 1.5)
+        tensors[f"grad_norm.{step}"] = norm[None]
+        optimizer.step()
+        for n, p in params.items():
+            tensors[f"after.{step}.{n}"] = p.data.clone()
+    save(out / "adamw.safetensors", tensors)
+    save_json(out / "adamw.json", {
+        "learning_rate": 1e-2, "beta1": 0.85, "beta2": 0.97, "eps": 1e-6, "weight_decay": 0.1, "max_grad_norm": 1.5, "steps": 8})
+
+
 # --- driver ------------------------------------------------------------------------------------------------------
 
 MAKERS = {
@@ -326,6 +363,9 @@ MAKERS = {
 
 
 def make_all(out: Path, parts: set[str]) -> None:
+    set_deterministic(0)
+    if "optim" in parts:
+        make_optim(out / "optim")
     for name in PIPELINES:
         here = out / name
         model = DEMO if name == "demo" else here / "model"
