@@ -1,0 +1,212 @@
+//! What every request handler holds, and the acts that need more than the store: store, tell the viewers, wake the
+//! scheduler.
+//!
+//! Layout of the data directory:
+//!
+//! ```text
+//! lorad.lock                     held while a server runs, so that there is only one
+//! lorad.sqlite3 (-wal, -shm)     the database
+//! agent.sock                     where workers report, mode 0600
+//! models/<slug>/                 the bundled base models, unpacked
+//! datasets/<ds_…>/               ingested datasets (lorad_proto::dataset)
+//! jobs/<job_…>/attempts/<n>/     spec.json, events.jsonl, worker.log, checkpoints/, samples/, results/
+//! artifacts/<job_…>/<name>       published files
+//! tmp/                           uploads on their way; emptied at the start
+//! ```
+
+use std::{path::PathBuf, sync::Arc};
+
+use lorad_proto::catalog::Catalog;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    blobs::Blobs,
+    config::Config,
+    domain::{Action, CancelMode, Job, JobId, JobPatch, NewJob},
+    events::Events,
+    store::{IdempotencyKey, Store, StoreError, StoredAnswer},
+};
+
+/// Makes the answer to an idempotent request from the job it created.
+pub type Answer<'a> = &'a (dyn Fn(&Job) -> StoredAnswer + Send + Sync);
+
+/// Paths in the data directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DataDir {
+    root: PathBuf,
+}
+
+impl DataDir {
+    /// Paths under `root`, which must be absolute: workers run elsewhere.
+    pub fn new(root: PathBuf) -> Self {
+        Self { root }
+    }
+
+    /// The directory itself.
+    pub fn root(&self) -> PathBuf {
+        self.root.clone()
+    }
+
+    /// Lock file.
+    pub fn lock(&self) -> PathBuf {
+        self.root.join("lorad.lock")
+    }
+
+    /// Database file.
+    pub fn database(&self) -> PathBuf {
+        self.root.join("lorad.sqlite3")
+    }
+
+    /// Socket that workers report to.
+    pub fn agent_socket(&self) -> PathBuf {
+        self.root.join("agent.sock")
+    }
+
+    /// Unpacked bundled models.
+    pub fn models(&self) -> PathBuf {
+        self.root.join("models")
+    }
+
+    /// Ingested datasets.
+    pub fn datasets(&self) -> PathBuf {
+        self.root.join("datasets")
+    }
+
+    /// Attempts of jobs.
+    pub fn jobs(&self) -> PathBuf {
+        self.root.join("jobs")
+    }
+
+    /// Everything that a job's attempts wrote.
+    pub fn job(&self, job: JobId) -> PathBuf {
+        self.jobs().join(job.to_string())
+    }
+
+    /// Published files.
+    pub fn artifacts(&self) -> PathBuf {
+        self.root.join("artifacts")
+    }
+
+    /// Uploads on their way.
+    pub fn tmp(&self) -> PathBuf {
+        self.root.join("tmp")
+    }
+}
+
+/// The running server. Cheap to clone.
+#[derive(Clone)]
+pub struct App {
+    /// Settings.
+    pub config: Arc<Config>,
+    /// Paths.
+    pub data: Arc<DataDir>,
+    /// The database.
+    pub store: Store,
+    /// Published files.
+    pub blobs: Blobs,
+    /// News for viewers.
+    pub events: Events,
+    /// What can be trained.
+    pub catalog: Arc<dyn Catalog>,
+    /// Wakes the scheduler.
+    pub wake: Arc<Notify>,
+    /// Cancelled when the server shuts down: streams end.
+    pub shutdown: CancellationToken,
+}
+
+impl std::fmt::Debug for App {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("App").field("data", &self.data).finish_non_exhaustive()
+    }
+}
+
+impl App {
+    /// Stores a job and starts it as soon as a device is free.
+    ///
+    /// # Errors
+    /// See [`Store::insert_job`].
+    pub async fn create_job(
+        &self,
+        new: &NewJob,
+        idempotency: Option<(&IdempotencyKey, Answer<'_>)>,
+    ) -> Result<Job, StoreError> {
+        let job = self.store.insert_job(new, idempotency).await?;
+        Ok(self.changed(job))
+    }
+
+    /// Cancels a job.
+    ///
+    /// # Errors
+    /// See [`Store::request_cancel`].
+    pub async fn cancel_job(&self, id: JobId, mode: CancelMode) -> Result<Job, StoreError> {
+        let job = self.store.request_cancel(id, mode).await?;
+        Ok(self.changed(job))
+    }
+
+    /// Pauses a job.
+    ///
+    /// # Errors
+    /// See [`Store::request_pause`].
+    pub async fn pause_job(&self, id: JobId) -> Result<Job, StoreError> {
+        let job = self.store.request_pause(id).await?;
+        Ok(self.changed(job))
+    }
+
+    /// Resumes a job.
+    ///
+    /// # Errors
+    /// See [`Store::request_resume`].
+    pub async fn resume_job(&self, id: JobId) -> Result<Job, StoreError> {
+        let job = self.store.request_resume(id).await?;
+        Ok(self.changed(job))
+    }
+
+    /// Asks a running job for a checkpoint or for samples now.
+    ///
+    /// # Errors
+    /// See [`Store::request_now`].
+    pub async fn ask_job(&self, id: JobId, action: Action) -> Result<Job, StoreError> {
+        let job = self.store.request_now(id, action).await?;
+        Ok(self.changed(job))
+    }
+
+    /// Changes name, tags, notes or priority.
+    ///
+    /// # Errors
+    /// See [`Store::update_job`].
+    pub async fn update_job(&self, id: JobId, patch: &JobPatch) -> Result<Job, StoreError> {
+        let job = self.store.update_job(id, patch).await?;
+        Ok(self.changed(job))
+    }
+
+    /// Deletes a final job: its rows, then what its attempts wrote, then, unless they are to be kept, its published
+    /// files.
+    ///
+    /// # Errors
+    /// See [`Store::delete_job`]. Files that cannot be removed are logged: the job is gone already.
+    pub async fn delete_job(&self, id: JobId, keep_artifacts: bool) -> Result<(), StoreError> {
+        self.store.delete_job(id).await?;
+        remove_dir(self.data.job(id)).await;
+        if !keep_artifacts {
+            remove_dir(self.data.artifacts().join(id.to_string())).await;
+        }
+        Ok(())
+    }
+
+    /// Tells viewers and the scheduler that a job changed.
+    pub(crate) fn changed(&self, job: Job) -> Job {
+        self.events.stored(job.id, job.last_seq);
+        self.wake.notify_one();
+        job
+    }
+}
+
+/// Removes a directory that nobody needs any more.
+pub(crate) async fn remove_dir(dir: PathBuf) {
+    match tokio::fs::remove_dir_all(&dir).await {
+        Ok(()) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => tracing::warn!(dir = %dir.display(), %error, "a directory was not removed"),
+    }
+}

@@ -1,0 +1,366 @@
+//! Settings in layers: `configs/default.toml` (compiled in) < file < environment `LORAD_<SECTION>__<KEY>` < flags.
+//!
+//! Every key is described in `configs/default.toml`; unknown keys and values out of range are refused, all at once. Knows
+//! nothing of what the settings are for. Called by `cli` once at the start; everyone reads [`Config`].
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use config::{Environment, File, FileFormat};
+use serde::{Deserialize, Serialize};
+
+use crate::domain::RetryLimits;
+
+/// The defaults, with the documentation of every key.
+pub const DEFAULTS: &str = include_str!("../configs/default.toml");
+
+/// Keys that hold lists, so that the environment can set them.
+const LISTS: &[&str] = &["server.allowed_hosts", "scheduler.devices", "models.roots"];
+
+/// All settings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The public listener.
+    pub server: Server,
+    /// Where things are kept.
+    pub storage: Storage,
+    /// What is refused.
+    pub limits: Limits,
+    /// Devices, leases, retries.
+    pub scheduler: Scheduler,
+    /// Base models.
+    pub models: Models,
+    /// Logging.
+    pub log: Log,
+}
+
+/// `[server]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Server {
+    /// Address and port; port 0 picks a free one.
+    pub bind: SocketAddr,
+    /// Allow other addresses than loopback without API keys.
+    pub insecure_no_auth: bool,
+    /// Accepted `Host` names besides the bind address and loopback.
+    pub allowed_hosts: Vec<String>,
+    /// Milliseconds, 1000..=3600000.
+    pub request_timeout_ms: u64,
+    /// Milliseconds, 1000..=60000.
+    pub sse_ping_ms: u64,
+    /// Milliseconds, 0..=600000.
+    pub shutdown_grace_ms: u64,
+}
+
+/// `[storage]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Storage {
+    /// The data directory.
+    pub data_dir: PathBuf,
+    /// Whether files are flushed to disk before they are announced.
+    pub fsync: bool,
+}
+
+/// `[limits]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Bytes.
+    pub upload_bytes: u64,
+    /// Bytes.
+    pub json_bytes: u64,
+    /// Files.
+    pub archive_entries: u64,
+    /// Bytes.
+    pub archive_unpacked_bytes: u64,
+    /// Unpacked to packed.
+    pub archive_ratio: u64,
+    /// Width times height.
+    pub image_pixels: u64,
+    /// Characters.
+    pub caption_chars: u64,
+    /// Jobs.
+    pub queued_jobs: u64,
+}
+
+/// `[scheduler]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scheduler {
+    /// `cpu`, `cuda:0`, `metal:0`; one slot each.
+    pub devices: Vec<String>,
+    /// Threads of CPU kernels; 0: one per core.
+    pub threads: u64,
+    /// Niceness of workers, 0..=19.
+    pub nice: u64,
+    /// Milliseconds, 50..=60000.
+    pub tick_ms: u64,
+    /// Milliseconds, 2000..=3600000.
+    pub lease_ms: u64,
+    /// Milliseconds, 0..=600000.
+    pub lease_grace_ms: u64,
+    /// Milliseconds, 100..=60000.
+    pub heartbeat_ms: u64,
+    /// Milliseconds, 0..=3600000.
+    pub adopt_window_ms: u64,
+    /// Milliseconds, 0..=600000.
+    pub kill_grace_ms: u64,
+    /// 1..=1000.
+    pub max_failed_attempts: u64,
+    /// Milliseconds, 0..=600000.
+    pub retry_backoff_ms: u64,
+    /// Program that runs as worker; empty: this one.
+    pub worker_program: PathBuf,
+}
+
+/// `[models]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Models {
+    /// Folders under which base models may be registered.
+    pub roots: Vec<PathBuf>,
+}
+
+/// `[log]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Log {
+    /// `EnvFilter` syntax.
+    pub filter: String,
+    /// One JSON object per line.
+    pub json: bool,
+}
+
+/// Why the settings cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A layer could not be read, or holds an unknown key or a value of the wrong type.
+    #[error("cannot read the settings: {0}")]
+    Read(#[from] config::ConfigError),
+    /// Values out of range, one line each.
+    #[error("settings out of range:\n  {}", .0.join("\n  "))]
+    Invalid(Vec<String>),
+}
+
+impl Config {
+    /// The defaults alone.
+    ///
+    /// # Errors
+    /// Never with the compiled-in file; a test makes sure.
+    pub fn defaults() -> Result<Self, ConfigError> {
+        Self::from_layers(None, HashMap::new(), &[])
+    }
+
+    /// Reads file and environment of this process, and puts `flags` (`("server.bind", "0.0.0.0:80")`) on top.
+    ///
+    /// # Errors
+    /// Unknown keys, wrong types, values out of range.
+    pub fn load(file: Option<&Path>, flags: &[(&str, String)]) -> Result<Self, ConfigError> {
+        Self::from_layers(file, std::env::vars().collect(), flags)
+    }
+
+    /// [`Config::load`] with the environment given.
+    ///
+    /// # Errors
+    /// Unknown keys, wrong types, values out of range.
+    pub fn from_layers(
+        file: Option<&Path>,
+        environment: HashMap<String, String>,
+        flags: &[(&str, String)],
+    ) -> Result<Self, ConfigError> {
+        // Only names with the double underscore are settings: LORAD_ORACLE_PYTHON and the like belong to tools.
+        let environment = environment
+            .into_iter()
+            .filter(|(name, _)| name.strip_prefix("LORAD_").is_some_and(|rest| rest.contains("__")))
+            .collect();
+        let mut source = Environment::with_prefix("LORAD")
+            .prefix_separator("_")
+            .separator("__")
+            .try_parsing(true)
+            .list_separator(",")
+            .source(Some(environment));
+        for list in LISTS {
+            source = source.with_list_parse_key(list);
+        }
+        let mut layers = config::Config::builder().add_source(File::from_str(DEFAULTS, FileFormat::Toml));
+        if let Some(file) = file {
+            layers = layers.add_source(File::from(file).format(FileFormat::Toml).required(true));
+        }
+        layers = layers.add_source(source);
+        for (key, value) in flags {
+            layers = layers.set_override(*key, value.as_str())?;
+        }
+        let config: Self = layers.build()?.try_deserialize()?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Limits of the retry policy.
+    pub fn retry_limits(&self) -> RetryLimits {
+        RetryLimits {
+            max_failed_attempts: u32::try_from(self.scheduler.max_failed_attempts).unwrap_or(u32::MAX),
+            backoff_ms: i64::try_from(self.scheduler.retry_backoff_ms).unwrap_or(i64::MAX),
+            max_backoff_ms: 600_000,
+        }
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        let mut faults = Vec::new();
+        let mut range = |key: &str, value: u64, min: u64, max: u64| {
+            if !(min..=max).contains(&value) {
+                faults.push(format!("{key} = {value}: must be in {min}..={max}"));
+            }
+        };
+        let (server, limits, scheduler) = (&self.server, &self.limits, &self.scheduler);
+        range("server.request_timeout_ms", server.request_timeout_ms, 1000, 3_600_000);
+        range("server.sse_ping_ms", server.sse_ping_ms, 1000, 60_000);
+        range("server.shutdown_grace_ms", server.shutdown_grace_ms, 0, 600_000);
+        range("limits.upload_bytes", limits.upload_bytes, 1024, 1 << 40);
+        range("limits.json_bytes", limits.json_bytes, 1024, 100 << 20);
+        range("limits.archive_entries", limits.archive_entries, 1, 10_000_000);
+        range(
+            "limits.archive_unpacked_bytes",
+            limits.archive_unpacked_bytes,
+            1024,
+            1 << 43,
+        );
+        range("limits.archive_ratio", limits.archive_ratio, 2, 10_000);
+        range("limits.image_pixels", limits.image_pixels, 1, 1_000_000_000);
+        range("limits.caption_chars", limits.caption_chars, 1, 1_000_000);
+        range("limits.queued_jobs", limits.queued_jobs, 1, 1_000_000);
+        range("scheduler.threads", scheduler.threads, 0, 1024);
+        range("scheduler.nice", scheduler.nice, 0, 19);
+        range("scheduler.tick_ms", scheduler.tick_ms, 50, 60_000);
+        range("scheduler.lease_ms", scheduler.lease_ms, 2000, 3_600_000);
+        range("scheduler.lease_grace_ms", scheduler.lease_grace_ms, 0, 600_000);
+        range("scheduler.heartbeat_ms", scheduler.heartbeat_ms, 100, 60_000);
+        range("scheduler.adopt_window_ms", scheduler.adopt_window_ms, 0, 3_600_000);
+        range("scheduler.kill_grace_ms", scheduler.kill_grace_ms, 0, 600_000);
+        range("scheduler.max_failed_attempts", scheduler.max_failed_attempts, 1, 1000);
+        range("scheduler.retry_backoff_ms", scheduler.retry_backoff_ms, 0, 600_000);
+        if scheduler.lease_ms < scheduler.heartbeat_ms.saturating_mul(2) {
+            faults.push("scheduler.lease_ms: must be at least two scheduler.heartbeat_ms".to_owned());
+        }
+        if scheduler.devices.is_empty() {
+            faults.push("scheduler.devices: at least one, e.g. \"cpu\"".to_owned());
+        }
+        for (i, device) in scheduler.devices.iter().enumerate() {
+            let known = device == "cpu"
+                || ["cuda:", "metal:"]
+                    .iter()
+                    .any(|kind| device.strip_prefix(kind).is_some_and(|n| n.parse::<u16>().is_ok()));
+            if !known {
+                faults.push(format!("scheduler.devices: {device:?} is none of cpu, cuda:N, metal:N"));
+            }
+            if scheduler.devices[..i].contains(device) {
+                faults.push(format!("scheduler.devices: {device:?} is listed twice"));
+            }
+        }
+        if !server.bind.ip().is_loopback() && !server.insecure_no_auth {
+            faults.push(format!(
+                "server.bind = {}: everyone who reaches it could read and delete everything; bind to 127.0.0.1, or allow it \
+                 with --insecure-no-auth (server.insecure_no_auth = true)",
+                server.bind
+            ));
+        }
+        if let Err(error) = self.log.filter.parse::<tracing_subscriber::EnvFilter>() {
+            faults.push(format!("log.filter: {error}"));
+        }
+        if faults.is_empty() {
+            Ok(())
+        } else {
+            Err(ConfigError::Invalid(faults))
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn env(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+        pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+    }
+
+    #[test]
+    fn the_defaults_are_valid_and_complete() {
+        let config = Config::defaults().unwrap();
+        assert_eq!(config.server.bind.port(), 8080);
+        assert_eq!(config.scheduler.devices, ["cpu"]);
+    }
+
+    #[test]
+    fn each_layer_wins_over_the_one_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("lorad.toml");
+        std::fs::write(
+            &file,
+            "[scheduler]\nlease_ms = 10000\nheartbeat_ms = 1000\ntick_ms = 100\n",
+        )
+        .unwrap();
+        let environment = env(&[
+            ("LORAD_SCHEDULER__HEARTBEAT_MS", "2000"),
+            ("LORAD_SCHEDULER__TICK_MS", "200"),
+            ("LORAD_SCHEDULER__DEVICES", "cpu,cuda:0"),
+            ("LORAD_ORACLE_PYTHON", "/usr/bin/python3"),
+        ]);
+        let flags = [("scheduler.tick_ms", "300".to_owned())];
+        let config = Config::from_layers(Some(&file), environment, &flags).unwrap();
+        assert_eq!(
+            (
+                config.scheduler.lease_ms,
+                config.scheduler.heartbeat_ms,
+                config.scheduler.tick_ms
+            ),
+            (10_000, 2000, 300)
+        );
+        assert_eq!(config.scheduler.devices, ["cpu", "cuda:0"]);
+    }
+
+    #[test]
+    fn a_misspelt_key_is_refused_by_name_in_every_layer() {
+        let message = |result: Result<Config, ConfigError>| result.unwrap_err().to_string();
+        let environment = env(&[("LORAD_SERVER__BINDD", "127.0.0.1:1")]);
+        assert!(message(Config::from_layers(None, environment, &[])).contains("bindd"));
+        let flags = [("servr.bind", "127.0.0.1:1".to_owned())];
+        assert!(message(Config::from_layers(None, HashMap::new(), &flags)).contains("servr"));
+    }
+
+    #[test]
+    fn all_values_out_of_range_are_named_at_once() {
+        let flags = [
+            ("scheduler.nice", "20".to_owned()),
+            ("scheduler.devices", "gpu".to_owned()),
+            ("server.bind", "0.0.0.0:80".to_owned()),
+        ];
+        // A list cannot come from a flag's text; through the environment it can.
+        let environment = env(&[("LORAD_SCHEDULER__DEVICES", "gpu,gpu")]);
+        let text = Config::from_layers(None, environment, &[flags[0].clone(), flags[2].clone()])
+            .unwrap_err()
+            .to_string();
+        for part in [
+            "scheduler.nice = 20",
+            "\"gpu\" is none of",
+            "listed twice",
+            "--insecure-no-auth",
+        ] {
+            assert!(text.contains(part), "{part} is missing in {text}");
+        }
+    }
+
+    #[test]
+    fn every_key_of_the_defaults_is_explained() {
+        let lines: Vec<&str> = DEFAULTS.lines().collect();
+        for (i, line) in lines.iter().enumerate() {
+            if line.contains(" = ") && !line.starts_with('#') {
+                assert!(lines[i - 1].starts_with('#'), "no comment above {line}");
+            }
+        }
+    }
+}

@@ -1,0 +1,359 @@
+//! One run of a worker process: how it can end, and what that means for its job. Pure decisions, tested without
+//! processes.
+
+use lorad_proto::{
+    command::Command,
+    event::{StopReason, WorkerEvent},
+    problem::Problem,
+};
+
+use super::job::{Desired, Job, JobStatus};
+
+/// Exit code of a worker that lost its lease or was told to stop by a signal: it wrote a checkpoint first.
+pub const EXIT_TEMPFAIL: i32 = 75;
+/// Exit code of a worker that reported its failure.
+pub const EXIT_FAILED: i32 = 3;
+/// Exit code of a worker that could not use its attempt directory.
+pub const EXIT_USAGE: i32 = 64;
+
+/// How a worker process ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Exit {
+    /// By itself, with this code.
+    Code(i32),
+    /// By this signal.
+    Signal(i32),
+    /// It is gone, and nobody saw how (it outlived the server that started it).
+    Unknown,
+    /// It could not be started.
+    NotStarted(String),
+}
+
+impl std::fmt::Display for Exit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Code(code) => write!(f, "exit code {code}"),
+            Self::Signal(signal) => write!(f, "signal {signal}{}", signal_name(*signal)),
+            Self::Unknown => f.write_str("gone"),
+            Self::NotStarted(why) => write!(f, "not started: {why}"),
+        }
+    }
+}
+
+fn signal_name(signal: i32) -> &'static str {
+    match signal {
+        4 => " (SIGILL)",
+        6 => " (SIGABRT)",
+        7 => " (SIGBUS)",
+        8 => " (SIGFPE)",
+        9 => " (SIGKILL)",
+        11 => " (SIGSEGV)",
+        15 => " (SIGTERM)",
+        _ => "",
+    }
+}
+
+/// What is known when a worker process has ended.
+#[derive(Debug, Clone)]
+pub struct Ended<'a> {
+    /// The job's status.
+    pub status: JobStatus,
+    /// What was asked.
+    pub desired: Desired,
+    /// The attempt's final event, if it came.
+    pub final_event: Option<&'a WorkerEvent>,
+    /// Whether this attempt wrote a checkpoint.
+    pub progressed: bool,
+    /// Whether any attempt did.
+    pub has_checkpoint: bool,
+    /// Interruptions in a row without a new checkpoint, before this one.
+    pub failed_attempts: u32,
+    /// How it ended.
+    pub exit: &'a Exit,
+    /// Last lines of its log.
+    pub log_tail: &'a str,
+}
+
+/// When to give up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RetryLimits {
+    /// Interruptions in a row without a new checkpoint after which a job fails.
+    pub max_failed_attempts: u32,
+    /// First pause before a retry, milliseconds; doubles with each.
+    pub backoff_ms: i64,
+    /// Longest pause, milliseconds.
+    pub max_backoff_ms: i64,
+}
+
+/// What becomes of the job.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    /// Its state is settled already, or its results are being published.
+    Settled,
+    /// It goes back to the queue and resumes from the newest checkpoint.
+    Requeue {
+        /// Pause before the next attempt, milliseconds.
+        delay_ms: i64,
+        /// The new count of interruptions in a row.
+        failed_attempts: u32,
+        /// For the event.
+        reason: String,
+    },
+    /// It failed.
+    Fail(Problem),
+    /// It is cancelled.
+    Cancel,
+}
+
+/// Decides what a worker's end means for its job.
+pub fn after_exit(ended: &Ended<'_>, limits: RetryLimits) -> Outcome {
+    if !ended.status.is_active() {
+        return Outcome::Settled;
+    }
+    match ended.final_event {
+        Some(WorkerEvent::Done { .. } | WorkerEvent::Stopped { results: Some(_), .. }) => return Outcome::Settled,
+        Some(WorkerEvent::Stopped {
+            reason: StopReason::Drained,
+            ..
+        }) if !ended.desired.is_cancel() => {
+            return Outcome::Requeue {
+                delay_ms: 0,
+                failed_attempts: ended.failed_attempts,
+                reason: "drained".to_owned(),
+            };
+        }
+        _ => {}
+    }
+    let failed_attempts = if ended.progressed { 0 } else { ended.failed_attempts + 1 };
+    let gives_up = failed_attempts >= limits.max_failed_attempts;
+    // A worker that dies while it should save what it has is worth another try, but only from a checkpoint.
+    if ended.desired.is_cancel() && (ended.desired != Desired::CancelSave || !ended.has_checkpoint || gives_up) {
+        return Outcome::Cancel;
+    }
+    let problem = exit_problem(ended.exit, ended.log_tail);
+    if gives_up || matches!(ended.exit, Exit::Code(EXIT_USAGE)) {
+        return Outcome::Fail(problem);
+    }
+    let doublings = failed_attempts.saturating_sub(1).min(30);
+    let delay_ms = if failed_attempts == 0 {
+        0
+    } else {
+        limits
+            .backoff_ms
+            .saturating_mul(1 << doublings)
+            .min(limits.max_backoff_ms)
+    };
+    Outcome::Requeue {
+        delay_ms,
+        failed_attempts,
+        reason: format!("{}: {}", problem.code, ended.exit),
+    }
+}
+
+/// Names what ended a worker, for its job's `error`.
+pub fn exit_problem(exit: &Exit, log_tail: &str) -> Problem {
+    let log_tail = log_tail.trim();
+    let said = if log_tail.is_empty() {
+        String::new()
+    } else {
+        format!(" Its last lines: {log_tail}")
+    };
+    match exit {
+        Exit::Signal(9) => Problem::new(
+            "worker.killed",
+            "The training process was killed",
+            format!("The worker ended by {exit}.{said}"),
+        )
+        .with_hint(
+            "Most often the system ran out of memory and killed it (`dmesg | grep -i oom` tells). Lower batch_size or \
+             resolution, or give the machine more memory.",
+        ),
+        Exit::Signal(_) => Problem::new(
+            "worker.killed",
+            "The training process was killed",
+            format!("The worker ended by {exit}.{said}"),
+        )
+        .with_hint("If you did not end it yourself, the job's worker log says more."),
+        Exit::Code(EXIT_TEMPFAIL) => Problem::new(
+            "worker.lost",
+            "The training process lost the server",
+            format!("The worker gave up its lease.{said}"),
+        )
+        .with_hint("The server did not answer for a whole lease; look at the load and the disk of the machine."),
+        Exit::Code(_) => Problem::new(
+            "worker.crashed",
+            "The training process crashed",
+            format!("The worker ended with {exit} and reported nothing.{said}"),
+        )
+        .with_hint("The job's worker log says more."),
+        Exit::Unknown => Problem::new(
+            "worker.lost",
+            "The training process is gone",
+            format!("The worker ended while no server watched it.{said}"),
+        )
+        .with_hint("The job's worker log says more."),
+        Exit::NotStarted(why) => Problem::new(
+            "worker.not_started",
+            "The training process could not be started",
+            why.clone(),
+        )
+        .with_hint("Check that the lorad program still lies where it was started from, and that memory and processes are left."),
+    }
+}
+
+/// What the server answers a worker of this job.
+pub fn command_for(job: &Job, draining: bool) -> Command {
+    match job.desired {
+        Desired::Pause => Command::Pause,
+        Desired::CancelSave => Command::Cancel { save: true },
+        Desired::CancelDiscard | Desired::CancelForce => Command::Cancel { save: false },
+        Desired::Run if draining => Command::Drain,
+        Desired::Run => match (job.checkpoint_request, job.sample_request) {
+            (Some(request), _) => Command::Checkpoint { request },
+            (None, Some(request)) => Command::Sample { request },
+            (None, None) => Command::None,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lorad_proto::event::Results;
+
+    use super::*;
+
+    const LIMITS: RetryLimits = RetryLimits {
+        max_failed_attempts: 3,
+        backoff_ms: 1000,
+        max_backoff_ms: 600_000,
+    };
+
+    fn ended(exit: &Exit) -> Ended<'_> {
+        Ended {
+            status: JobStatus::Running,
+            desired: Desired::Run,
+            final_event: None,
+            progressed: false,
+            has_checkpoint: false,
+            failed_attempts: 0,
+            exit,
+            log_tail: "",
+        }
+    }
+
+    #[test]
+    fn a_killed_worker_is_tried_again_three_times_and_then_named() {
+        let exit = Exit::Signal(9);
+        let mut state = ended(&exit);
+        for (n, expected_delay) in [(0, 1000), (1, 2000)] {
+            state.failed_attempts = n;
+            let Outcome::Requeue {
+                delay_ms,
+                failed_attempts,
+                reason,
+            } = after_exit(&state, LIMITS)
+            else {
+                panic!("not requeued after {n}");
+            };
+            assert_eq!((delay_ms, failed_attempts), (expected_delay, n + 1));
+            assert!(reason.contains("SIGKILL"), "{reason}");
+        }
+        state.failed_attempts = 2;
+        state.log_tail = "thread 'train' panicked\n";
+        let Outcome::Fail(problem) = after_exit(&state, LIMITS) else {
+            panic!("not failed")
+        };
+        assert_eq!(problem.code, "worker.killed");
+        assert!(problem.detail.contains("panicked") && problem.hint.contains("memory"));
+    }
+
+    #[test]
+    fn progress_forgives_earlier_interruptions() {
+        let exit = Exit::Signal(11);
+        let state = Ended {
+            progressed: true,
+            failed_attempts: 2,
+            ..ended(&exit)
+        };
+        assert!(matches!(
+            after_exit(&state, LIMITS),
+            Outcome::Requeue {
+                delay_ms: 0,
+                failed_attempts: 0,
+                ..
+            }
+        ));
+    }
+
+    #[test]
+    fn a_cancelled_job_is_not_run_again_unless_there_is_something_to_save() {
+        let exit = Exit::Signal(9);
+        for desired in [Desired::CancelDiscard, Desired::CancelForce, Desired::CancelSave] {
+            assert_eq!(
+                after_exit(
+                    &Ended {
+                        desired,
+                        ..ended(&exit)
+                    },
+                    LIMITS
+                ),
+                Outcome::Cancel
+            );
+        }
+        let saving = Ended {
+            desired: Desired::CancelSave,
+            has_checkpoint: true,
+            ..ended(&exit)
+        };
+        assert!(matches!(after_exit(&saving, LIMITS), Outcome::Requeue { .. }));
+    }
+
+    #[test]
+    fn a_worker_that_delivered_is_settled_however_it_exits() {
+        let done = WorkerEvent::Done {
+            results: Results {
+                files: Vec::new(),
+                summary: serde_json::Map::new(),
+            },
+        };
+        for exit in [Exit::Code(0), Exit::Signal(9), Exit::Unknown] {
+            let state = Ended {
+                status: JobStatus::Saving,
+                final_event: Some(&done),
+                ..ended(&exit)
+            };
+            assert_eq!(after_exit(&state, LIMITS), Outcome::Settled);
+        }
+    }
+
+    #[test]
+    fn a_worker_that_cannot_use_its_directory_is_not_retried() {
+        assert!(matches!(
+            after_exit(&ended(&Exit::Code(EXIT_USAGE)), LIMITS),
+            Outcome::Fail(_)
+        ));
+    }
+
+    #[test]
+    fn draining_costs_no_attempt() {
+        let drained = WorkerEvent::Stopped {
+            step: 7,
+            reason: StopReason::Drained,
+            results: None,
+        };
+        let exit = Exit::Code(EXIT_TEMPFAIL);
+        let state = Ended {
+            final_event: Some(&drained),
+            failed_attempts: 2,
+            ..ended(&exit)
+        };
+        assert!(matches!(
+            after_exit(&state, LIMITS),
+            Outcome::Requeue {
+                delay_ms: 0,
+                failed_attempts: 2,
+                ..
+            }
+        ));
+    }
+}
