@@ -27,7 +27,7 @@ RUN apt-get update && \
     install -d -o lorad -g lorad /data
 COPY --from=build-cpu /out/lorad /usr/local/bin/lorad
 COPY LICENSE-APACHE LICENSE-MIT assets/NOTICE /usr/share/doc/lorad/
-ENV LORAD_DATA_DIR=/data
+ENV LORAD_STORAGE__DATA_DIR=/data
 USER lorad
 WORKDIR /data
 VOLUME /data
@@ -70,7 +70,7 @@ RUN apt-get update && \
     install -d -o lorad -g lorad /data
 COPY --from=build-cuda /out/lorad /usr/local/bin/lorad
 COPY LICENSE-APACHE LICENSE-MIT assets/NOTICE /usr/share/doc/lorad/
-ENV LORAD_DATA_DIR=/data \
+ENV LORAD_STORAGE__DATA_DIR=/data \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER lorad
