@@ -84,6 +84,7 @@ export const api = {
   metrics: (id, parameters) => request("GET", `${at("jobs", id)}/metrics${query(parameters)}`),
   logs: (id, tail) => request("GET", `${at("jobs", id)}/logs${query({ tail })}`),
   samples: (id) => request("GET", `${at("jobs", id)}/samples`),
+  checkpoints: (id) => request("GET", `${at("jobs", id)}/checkpoints`),
   files: (id) => request("GET", `${at("jobs", id)}/files`),
   datasets: () => request("GET", "datasets"),
   dataset: (id) => request("GET", at("datasets", id)),

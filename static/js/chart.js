@@ -3,6 +3,7 @@
 import uPlot from "../vendor/uplot.js";
 import { html, useEffect, useId, useLayoutEffect, useMemo, useRef, useState } from "../vendor/preact-htm.js";
 import { int, num } from "./format.js";
+import { Icon } from "./icons.js";
 import { plural, t } from "./i18n.js";
 import { useTheme } from "./hooks.js";
 
@@ -182,7 +183,7 @@ function DataTable({ x, lines, title }) {
   const last = Math.min(page, pages - 1);
   const indices = Array.from({ length: Math.min(PAGE, x.length - last * PAGE) }, (_, i) => x.length - 1 - last * PAGE - i);
   return html`<details class="fold chart-table" onToggle=${(e) => setOpen(e.currentTarget.open)}>
-    <summary>${t("Show the numbers")}</summary>
+    <summary><${Icon} name="chev" />${t("Show the numbers")}</summary>
     ${open && html`<div class="table-wrap"><table class="plain"><caption class="sr">${title}</caption>
       <thead><tr><th scope="col">${t("Step")}</th>${lines.map((l) => html`<th scope="col" class="r">${l.label}</th>`)}</tr></thead>
       <tbody>${indices.map((i) => html`<tr key=${i}><th scope="row">${int(x[i])}</th>${lines.map((l) => html`<td class="r">${num(l.values[i], 6)}</td>`)}</tr>`)}</tbody></table></div>

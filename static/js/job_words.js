@@ -5,8 +5,8 @@ import { isOver } from "./ui.js";
 
 /** Steps done and in all, from the live progress or the job. */
 export function steps(job, progress = job.progress) {
-  const done = progress?.step ?? 0;
-  const total = progress?.total_steps ?? progress?.total ?? job.plan?.total_steps ?? job.total_steps ?? 0;
+  const done = Math.max(job.step ?? 0, progress?.step ?? 0);
+  const total = job.total_steps ?? job.plan?.total_steps ?? 0;
   return { done: job.status === "succeeded" ? Math.max(done, total) : done, total };
 }
 
@@ -59,7 +59,7 @@ export function sentence(job, progress = job.progress, now = Date.now()) {
     case "interrupted":
       return t("Interrupted: its worker was lost. It goes on by itself from the newest checkpoint.");
     case "succeeded": {
-      const loss = job.summary?.final_loss ?? job.results?.summary?.final_loss;
+      const loss = job.summary?.final_loss;
       return t("Done: {steps} in {time}{loss}.", { steps: plural(total || done, "1 step", "{n} steps"), time: duration(elapsed(job)), loss: Number.isFinite(loss) ? t(", final loss {x}", { x: num(loss, 3) }) : "" });
     }
     case "failed":
@@ -80,6 +80,6 @@ export function stages(job, progress = job.progress) {
   return names.map((name, i) => ({ name, state: i < at ? "done" : i > at ? "next" : broken ? "broken" : "now" }));
 }
 
-/** Name of the dataset or base model, however the job carries it. */
-export const datasetId = (job) => job.dataset_id ?? job.dataset?.id ?? "";
-export const baseId = (job) => (typeof job.base_model === "string" ? job.base_model : (job.base_model?.id ?? ""));
+/** Ids of the dataset and the base model. */
+export const datasetId = (job) => job.dataset?.id ?? "";
+export const baseId = (job) => job.base_model;

@@ -60,6 +60,7 @@ class JobStore {
     this.logs = new Map();
     this.checkpoints = new Map();
     this.alerts = new Map();
+    this.files = [];
     this.error = null;
     this.loaded = false;
     this.connection = "connecting"; // connecting | live | reconnecting | ended
@@ -78,14 +79,18 @@ class JobStore {
 
   async start() {
     try {
-      const [job, metrics, samples, logs] = await Promise.all([api.job(this.id), api.metrics(this.id, { max_points: MAX_POINTS }), api.samples(this.id), api.logs(this.id, 1000)]);
+      // The cursor comes first and the rest is read after it: what is stored in between comes twice rather than never.
+      const metrics = await api.metrics(this.id, { max_points: MAX_POINTS });
+      const [job, samples, logs, checkpoints] = await Promise.all([api.job(this.id), api.samples(this.id), api.logs(this.id, 1000), api.checkpoints(this.id)]);
       if (this.closed) return;
       this.error = null;
       this.setJob(job);
       for (const row of historyRows(metrics)) this.points.put(row);
       for (const sample of rows(samples)) this.putSample(sample);
       this.putLogs(rows(logs));
-      this.cursor = metrics?.cursor ?? job.cursor ?? this.cursor;
+      for (const checkpoint of rows(checkpoints)) this.checkpoints.set(checkpoint.step, checkpoint);
+      if (isOver(job.status)) await this.loadFiles();
+      this.cursor = metrics.cursor;
       this.loaded = true;
       this.connect();
     } catch (error) {
@@ -99,6 +104,9 @@ class JobStore {
   setJob(job) {
     this.job = job;
     if (job.progress) this.progress = { ...this.progress, ...job.progress };
+  }
+  async loadFiles() {
+    this.files = rows(await api.files(this.id));
   }
   putSample(sample) {
     this.samples.set(`${sample.step}/${sample.prompt_index}`, sample);
@@ -143,11 +151,11 @@ class JobStore {
       if (source.readyState === EventSource.CLOSED) this.later(() => this.recover());
       this.touch();
     };
-    on("snapshot", (job) => this.setJob(job.job ?? job));
+    on("snapshot", (job) => this.setJob(job));
     on("status", (change) => this.status(change));
     on("progress", (progress) => (this.progress = { ...this.progress, ...progress }));
     on("metrics", ({ cols, rows: list }) => this.points.putRows(cols, list));
-    on("log", (data) => this.putLogs(data.lines ?? [data]));
+    on("log", (line) => this.putLogs([line]));
     on("sample", (sample) => this.putSample(sample));
     on("checkpoint", (checkpoint) => this.checkpoints.set(checkpoint.step, checkpoint));
     on("alert", (alert) => this.alerts.set(`${alert.code}/${alert.step}`, alert));
@@ -157,19 +165,17 @@ class JobStore {
       this.later(() => this.start());
     });
     on("bye", ({ reason }) => {
-      if (reason === "complete" || isOver(this.job?.status)) this.end();
+      if (reason === "complete") this.end(); // else the server goes away, and the browser reconnects
     });
   }
 
   async status(change) {
     if (!this.job) return;
     const before = this.job.status;
-    this.job = { ...this.job, status: change.to ?? change.status ?? this.job.status };
+    this.job = { ...this.job, status: change.to ?? this.job.status };
     try {
-      this.setJob(await api.job(this.id)); // files, error, allowed actions
-      if (isOver(this.job.status) && !isOver(before)) {
-        for (const sample of rows(await api.samples(this.id))) this.putSample(sample);
-      }
+      this.setJob(await api.job(this.id)); // error, summary, allowed actions
+      if (isOver(this.job.status) && !isOver(before)) await this.loadFiles();
     } catch {
       // the next event or reconnect brings it
     }
@@ -184,9 +190,10 @@ class JobStore {
 
   async recover() {
     try {
+      const was = this.job?.status;
       this.setJob(await api.job(this.id));
-      if (isOver(this.job.status)) return this.end();
-      this.connect();
+      if (isOver(this.job.status) && isOver(was)) return this.end();
+      this.connect(); // also when it ended meanwhile: the stream brings what was missed, then says so
     } catch (error) {
       if (error.status === 404) this.error = error;
       else this.later(() => this.recover());

@@ -8,8 +8,8 @@ import { plural, t } from "../i18n.js";
 import { Upload, Verdicts } from "../parts/upload.js";
 import { Ago, Card, Confirm, Empty, Problem, Skeleton, toast } from "../ui.js";
 
-export const thumb = (datasetId, item) => (item.thumbnail_url ?? item.thumb_url ?? item.thumbnail ?? `datasets/${encodeURIComponent(datasetId)}/items/${item.n}/thumbnail`).replace(/^\//, "");
-export const itemCount = (d) => d.n_items ?? d.report?.n_items ?? 0;
+export const thumb = (datasetId, item) => `datasets/${encodeURIComponent(datasetId)}/items/${item.n}/thumbnail`;
+export const itemCount = (d) => d.n_items ?? 0;
 
 const mosaics = new Map();
 /** The first pictures of a dataset. */
@@ -46,7 +46,7 @@ export function DatasetsPage() {
     ${loading && html`<${Skeleton} n=${2} height=${120} />`}
     ${!loading && !error && list.length === 0 && html`<${Empty} icon="images" title=${t("No datasets yet")}><p>${t("Drop an archive above, or run the demo, which brings its own.")}</p></${Empty}>`}
     <ul class="tiles">${list.map((d) => html`<li key=${d.id}><a class="card tile" href=${`#/datasets/${encodeURIComponent(d.id)}`}><${Mosaic} id=${d.id} n=${4} />
-      <div class="tile-text"><strong class="clip">${d.name}</strong><p class="small muted row num"><span>${plural(itemCount(d), "1 picture", "{n} pictures")}</span>${d.bytes ? html`<span>${bytes(d.bytes)}</span>` : ""}<span class="grow"></span><${Ago} when=${d.created_at} now=${now} /></p></div></a></li>`)}</ul>
+      <div class="tile-text"><strong class="clip">${d.name}</strong><p class="small muted row num">${d.builtin && html`<span class="tag">${t("bundled")}</span>`}<span>${plural(itemCount(d), "1 picture", "{n} pictures")}</span>${d.bytes ? html`<span>${bytes(d.bytes)}</span>` : ""}<span class="grow"></span><${Ago} when=${d.created_at} now=${now} /></p></div></a></li>`)}</ul>
   </div>`;
 }
 
@@ -66,7 +66,7 @@ function Items({ id, total }) {
   };
   useEffect(() => void load(), [id]);
   return html`<div class="stack"><ul class="gallery">${state.items.map((item) => html`<li key=${item.n}><figure><img src=${thumb(id, item)} alt=${item.caption} loading="lazy" />
-      <figcaption><span dir="auto">${item.caption || html`<em class="muted">${t("no caption")}</em>`}</span><small class="muted num">${item.width}×${item.height} · <span class="clip">${item.source ?? item.file}</span></small></figcaption></figure></li>`)}</ul>
+      <figcaption><span dir="auto">${item.caption || html`<em class="muted">${t("no caption")}</em>`}</span><small class="muted num">${item.width}×${item.height} · <span class="clip">${item.source}</span></small></figcaption></figure></li>`)}</ul>
     ${state.error && html`<${Problem} error=${state.error} retry=${load} />`}
     ${state.busy && html`<${Skeleton} height=${120} />`}
     ${state.more && !state.busy && state.items.length > 0 && html`<button type="button" class="btn" onClick=${load}>${t("Show more ({n} of {total})", { n: int(state.items.length), total: int(total) })}</button>`}</div>`;
@@ -82,9 +82,9 @@ export function DatasetPage({ id }) {
   return html`<div class="page">
     <div><nav class="crumbs" aria-label=${t("Where you are")}><a href="#/datasets">${t("Datasets")}</a><span>/</span><span class="mono">${d.id}</span></nav>
       <div class="page-head"><div class="grow"><h1 dir="auto">${d.name}</h1></div>
-      <button type="button" class="btn ghost square" aria-label=${t("Delete this dataset")} title=${t("Delete this dataset")} onClick=${() => setAsking(true)}><${Icon} name="trash" /></button>
+      ${d.builtin ? html`<span class="tag">${t("bundled")}</span>` : html`<button type="button" class="btn ghost square" aria-label=${t("Delete this dataset")} title=${t("Delete this dataset")} onClick=${() => setAsking(true)}><${Icon} name="trash" /></button>`}
       <a class="btn primary" href=${`#/new?dataset=${encodeURIComponent(d.id)}`}><${Icon} name="play" />${t("Train on it")}</a></div></div>
-    <${Card} title=${t("What was found")} icon="check"><${Verdicts} report=${d.report ?? d} /></${Card}>
+    <${Card} title=${t("What was found")} icon="check"><${Verdicts} report=${d.report} /></${Card}>
     <${Card} title=${t("Pictures and captions")} icon="images"><${Items} id=${d.id} total=${itemCount(d)} /></${Card}>
     ${asking && html`<${Confirm} danger title=${t("Delete this dataset?")} action=${t("Delete")} onClose=${() => setAsking(false)} onConfirm=${async () => {
       await api.deleteDataset(d.id);

@@ -62,10 +62,25 @@ function CancelDialog({ job, onClose }) {
 function Actions({ job }) {
   const [dialog, setDialog] = useState("");
   const over = isOver(job.status);
+  const [problem, setProblem] = useState(null);
+  const can = (action) => (job.allowed ?? []).includes(action);
+  const act = async (action) => {
+    setProblem(null);
+    try {
+      const answer = await api.act(job.id, action);
+      if (action === "retry") location.hash = `#/jobs/${encodeURIComponent(answer.id)}`;
+    } catch (e) {
+      setProblem(e);
+    }
+  };
   return html`<div class="row actions">
+    ${can("retry") && html`<button type="button" class="btn" onClick=${() => act("retry")}><${Icon} name="retry" />${t("Try again")}</button>`}
+    ${can("resume") && html`<button type="button" class="btn primary" onClick=${() => act("resume")}><${Icon} name="play" />${t("Resume")}</button>`}
+    ${can("pause") && !stopping(job) && html`<button type="button" class="btn" disabled=${job.desired === "pause"} onClick=${() => act("pause")}><${Icon} name="pause" />${job.desired === "pause" ? t("Pausing…") : t("Pause")}</button>`}
     <a class="btn" href=${`#/new?from=${encodeURIComponent(job.id)}`}><${Icon} name="copy" />${t("Clone")}</a>
     ${!over && html`<button type="button" class="btn" onClick=${() => setDialog("cancel")}><${Icon} name="stop" />${stopping(job) ? t("Stopping…") : t("Stop")}</button>`}
     ${over && html`<button type="button" class="btn ghost square" aria-label=${t("Delete this job")} title=${t("Delete this job")} onClick=${() => setDialog("delete")}><${Icon} name="trash" /></button>`}
+    ${problem && html`<${Problem} error=${problem} />`}
     ${dialog === "cancel" && html`<${CancelDialog} job=${job} onClose=${() => setDialog("")} />`}
     ${dialog === "delete" && html`<${Confirm} danger title=${t("Delete this job?")} action=${t("Delete")} onClose=${() => setDialog("")} onConfirm=${async () => {
       await api.deleteJob(job.id);
@@ -88,7 +103,7 @@ function Finished({ job, samples, files }) {
     ${pairs.length > 0 && html`<div class="pairs" aria-hidden="true">${pairs.map(([a, b]) => html`<div class="pair"><img src=${src(a)} alt="" /><${Icon} name="chev" /><img src=${src(b)} alt="" /></div>`)}</div>`}
     <div class="stack-s grow"><h2><${Icon} name="check" />${t("Your adapter is ready")}</h2><p class="small muted">${t("Every file was read back and compared before it was published.")}</p></div>
     <div class="row"><a class="btn" href="#compare" onClick=${(e) => (e.preventDefault(), document.getElementById("compare")?.scrollIntoView({ behavior: "smooth" }))}>${t("Compare")}</a>
-    ${file && html`<a class="btn primary big" href=${fileUrl(job.id, file)} download=${file.name}><${Icon} name="download" />${t("Download adapter")} <span class="num">${bytes(file.bytes ?? file.size)}</span></a>`}</div>
+    ${file && html`<a class="btn primary big" href=${fileUrl(job.id, file)} download=${file.name}><${Icon} name="download" />${t("Download adapter")} <span class="num">${bytes(file.bytes)}</span></a>`}</div>
   </section>`;
 }
 
@@ -127,7 +142,7 @@ function Facts({ job, progress, points, now }) {
   const { done, total } = steps(job, progress);
   const list = [
     [t("Base model"), html`<a href="#/models">${baseId(job)}</a>`],
-    datasetId(job) && [t("Dataset"), html`<a href=${`#/datasets/${encodeURIComponent(datasetId(job))}`}>${job.dataset?.name ?? job.dataset_name ?? t("open")}</a>`],
+    datasetId(job) && [t("Dataset"), html`<a href=${`#/datasets/${encodeURIComponent(datasetId(job))}`}>${job.dataset.name}</a>`],
     [t("Steps"), `${int(done)} / ${total ? int(total) : "?"}`],
     progress?.epoch !== undefined && [t("Epoch"), num(progress.epoch, 3)],
     progress?.it_s && !isOver(job.status) && [t("Speed"), speed(progress.it_s)],
@@ -169,7 +184,7 @@ export function JobPage({ id }) {
     return html`<div class="page"><${Skeleton} height=${90} /><${Skeleton} height=${340} /><${Skeleton} height=${200} /></div>`;
   }
   const over = isOver(job.status);
-  const files = job.files ?? job.results?.files ?? [];
+  const files = store.files;
   const state = STATES[job.status] ?? { tone: "idle" };
   const waiting = !over && (job.status === "preparing" || (job.status === "running" && progress?.phase && progress.phase !== "training"));
   const alerts = [...store.alerts.values()];

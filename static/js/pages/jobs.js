@@ -52,7 +52,7 @@ function usePreview(job) {
 
 /** The newest sample of a job, or its state's icon. */
 function Face({ job, preview }) {
-  const url = preview.picture?.thumb_url ?? preview.picture?.url;
+  const url = preview.picture?.url;
   return url ? html`<img class="face" src=${url.replace(/^\//, "")} alt="" loading="lazy" />` : html`<span class="face none"><${Icon} name=${STATES[job.status]?.icon ?? "spark"} /></span>`;
 }
 

@@ -10,8 +10,7 @@ import { Card, Confirm, Empty, Problem, Skeleton, toast } from "../ui.js";
 
 /** Facts of a base model as words, whatever its family says in `details`. */
 export const modelFacts = (m) => {
-  const info = m.info ?? m;
-  return [info.resolution && `${info.resolution} px`, info.bytes && bytes(info.bytes), info.prediction_type, info.family].filter(Boolean);
+  return [m.resolution && `${m.resolution} px`, m.bytes && bytes(m.bytes), m.prediction_type, m.family].filter(Boolean);
 };
 
 function Register({ onDone }) {
@@ -43,14 +42,13 @@ function Register({ onDone }) {
 
 function Model({ m, onGone }) {
   const [asking, setAsking] = useState(false);
-  const info = m.info ?? m;
-  const details = Object.entries(info.details ?? {}).filter(([, v]) => typeof v !== "object");
-  return html`<section class="card model" aria-label=${m.name ?? m.id}><div class="model-head"><span class="face none"><${Icon} name="model" /></span>
-      <div class="grow"><strong class="clip">${m.name ?? m.id}</strong><p class="small muted row num">${modelFacts(m).map((x) => html`<span>${x}</span>`)}</p></div>
-      ${!m.bundled && !m.builtin && html`<button type="button" class="btn ghost square" aria-label=${t("Unregister {name}", { name: m.id })} title=${t("Unregister")} onClick=${() => setAsking(true)}><${Icon} name="trash" /></button>`}
+  const details = Object.entries(m.details ?? {}).filter(([, v]) => typeof v !== "object");
+  return html`<section class="card model" aria-label=${m.id}><div class="model-head"><span class="face none"><${Icon} name="model" /></span>
+      <div class="grow"><strong class="clip">${m.id}</strong><p class="small muted row num">${modelFacts(m).map((x) => html`<span>${x}</span>`)}</p></div>
+      ${m.builtin ? html`<span class="tag">${t("bundled")}</span>` : html`<button type="button" class="btn ghost square" aria-label=${t("Unregister {name}", { name: m.id })} title=${t("Unregister")} onClick=${() => setAsking(true)}><${Icon} name="trash" /></button>`}
       <a class="btn" href=${`#/new?base=${encodeURIComponent(m.id)}`}><${Icon} name="play" />${t("Train on it")}</a></div>
     ${details.length > 0 && html`<details class="fold"><summary><${Icon} name="chev" />${t("Details")}</summary><dl class="settings">${details.map(([k, v]) => html`<div><dt>${k.replace(/_/g, " ")}</dt><dd class="num">${typeof v === "number" ? int(v) : String(v)}</dd></div>`)}</dl></details>`}
-    ${m.licence_note || m.licence ? html`<p class="note">${m.licence_note ?? m.licence}</p>` : ""}
+    ${m.licence ? html`<p class="note">${t("Licence: {x}", { x: m.licence })}</p>` : ""}
     ${asking && html`<${Confirm} danger title=${t("Unregister this model?")} action=${t("Unregister")} onClose=${() => setAsking(false)} onConfirm=${async () => {
       await api.deleteModel(m.id);
       onGone();

@@ -2,7 +2,7 @@
 // Every error of the server stands at its field. The draft survives a reload.
 import { html, useEffect, useMemo, useRef, useState } from "../../vendor/preact-htm.js";
 import { api, idempotencyKey, rows } from "../api.js";
-import { bytes, duration, int } from "../format.js";
+import { bytes, int, num } from "../format.js";
 import { useResource, useTitle } from "../hooks.js";
 import { Icon } from "../icons.js";
 import { baseId, datasetId } from "../job_words.js";
@@ -95,7 +95,7 @@ function DatasetStep({ draft, set, datasets, problem }) {
     datasets.reload();
     set({ dataset: d.id, fresh: d, name: draft.name || d.name });
   };
-  const report = draft.fresh?.id === draft.dataset ? (draft.fresh.report ?? draft.fresh) : chosen?.report;
+  const report = draft.fresh?.id === draft.dataset ? draft.fresh.report : chosen?.report;
   return html`<${Upload} onDone=${uploaded} compact=${list.length > 0} />
     ${datasets.error && html`<${Problem} error=${datasets.error} retry=${datasets.reload} />`}
     ${datasets.loading && html`<${Skeleton} height=${90} />`}
@@ -108,10 +108,10 @@ function DatasetStep({ draft, set, datasets, problem }) {
 }
 
 function ModelStep({ draft, set, models, problem }) {
-  const list = rows(models.data);
+  const list = bases(models);
   return html`${models.error && html`<${Problem} error=${models.error} retry=${models.reload} />`}${models.loading && html`<${Skeleton} height=${64} />`}
     <div class="models" role="radiogroup" aria-label=${t("Base model")}>${list.map((m) => html`<label class="choice" key=${m.id}><input type="radio" name="base" value=${m.id} checked=${m.id === draft.base} onChange=${() => set({ base: m.id })} />
-      <span class="grow"><strong class="clip">${m.name ?? m.id}</strong><span class="small muted num">${modelFacts(m).join(" · ")}</span></span></label>`)}</div>
+      <span class="grow"><strong class="clip">${m.id}</strong><span class="small muted num">${modelFacts(m).join(" · ")}</span></span></label>`)}</div>
     ${problem && html`<p class="problem-line" role="alert" data-problem="base_model"><${Icon} name="alert" />${problem}</p>`}`;
 }
 
@@ -137,20 +137,19 @@ function PromptStep({ draft, set, problems }) {
 }
 
 function Plan({ state, ready, missing }) {
-  const answer = state.plan ?? {};
-  const plan = answer.plan ?? answer;
-  const warnings = answer.warnings ?? plan.warnings ?? [];
-  const seconds = answer.estimate?.seconds ?? plan.seconds ?? plan.duration_s ?? plan.time_s;
-  const memory = plan.memory_bytes ?? answer.estimate?.memory_bytes;
+  const plan = state.plan?.plan ?? {};
+  const warnings = plan.warnings ?? [];
   if (!ready) return html`<div class="plan-empty"><p class="small muted">${t("Still to do:")}</p><ul class="todo">${missing.map((m) => html`<li>${m}</li>`)}</ul></div>`;
   if (!state.plan) return state.error ? null : html`<div class="plan-figures"><div class="sk"></div><div class="sk"></div></div>`;
   return html`<div class=${`stack-s ${state.busy ? "stale" : ""}`}><dl class="plan-figures">
       <div><dt>${t("Steps")}</dt><dd data-plan="steps">${int(plan.total_steps)}</dd></div>
-      <div><dt>${t("Memory")}</dt><dd>${bytes(memory)}</dd></div>
-      ${seconds > 0 && html`<div><dt>${t("Time, about")}</dt><dd>${duration(seconds)}</dd></div>`}
+      <div><dt>${t("Memory")}</dt><dd>${bytes(plan.memory_bytes)}</dd></div>
+      <div><dt>${t("Passes over the data")}</dt><dd>${plan.batches_per_epoch > 0 ? num(plan.total_steps / plan.batches_per_epoch, 3) : "–"}</dd></div>
       ${plan.trainable_params > 0 && html`<div><dt>${t("Trained parameters")}</dt><dd>${int(plan.trainable_params)}</dd></div>`}</dl>
-    ${warnings.map((w) => html`<p class="problem-line warn"><${Icon} name="alert" /><span>${typeof w === "string" ? w : w.detail}</span></p>`)}</div>`;
+    ${warnings.map((w) => html`<p class="problem-line warn"><${Icon} name="alert" /><span>${w}</span></p>`)}</div>`;
 }
+
+const bases = (models) => rows(models.data).filter((m) => m.kind === "base");
 
 const FIELD_ROOTS = ["hyperparameters", "sampling"];
 
@@ -170,23 +169,22 @@ export function NewJobPage({ from, dataset, base }) {
   useEffect(() => {
     if (!from) return;
     api.job(from).then(
-      (job) => set({ name: `${job.name}-2`.slice(0, 120), dataset: datasetId(job), base: baseId(job), texts: toTexts(job.request?.hyperparameters ?? job.hyperparameters), prompts: job.sampling?.prompts ?? [], sampling: toTexts(Object.fromEntries(Object.keys(SAMPLING).map((k) => [k, job.sampling?.[k]]).filter(([, v]) => v !== undefined))), merged: Boolean(job.export?.merged_pipeline) }),
+      (job) => set({ name: `${job.name}-2`.slice(0, 120), dataset: datasetId(job), base: baseId(job), texts: toTexts(job.hyperparameters), prompts: job.sampling?.prompts ?? [], sampling: toTexts(Object.fromEntries(Object.keys(SAMPLING).map((k) => [k, job.sampling?.[k]]).filter(([, v]) => v !== undefined))), merged: Boolean(job.export?.merged_pipeline) }),
       setRefused,
     );
   }, [from]);
   useEffect(() => {
-    const list = rows(models.data);
+    const list = bases(models);
     if (list.length && !list.some((m) => m.id === draft.base)) set({ base: list[0].id });
   }, [models.data]);
   useEffect(() => {
     if (datasets.data && draft.dataset && draft.fresh?.id !== draft.dataset && !rows(datasets.data).some((d) => d.id === draft.dataset)) set({ dataset: "" });
   }, [datasets.data]);
 
-  const model = rows(models.data).find((m) => m.id === draft.base);
-  const familyId = model?.family ?? model?.info?.family ?? rows(families.data)[0]?.id;
-  const known = rows(families.data).find((f) => f.id === familyId);
+  const model = bases(models).find((m) => m.id === draft.base);
+  const familyId = model?.family ?? rows(families.data)[0]?.id;
   const fetched = useResource(() => (familyId ? api.schema(familyId) : Promise.resolve(null)), [familyId]);
-  const schema = fetched.data?.schema ?? fetched.data ?? known?.schema;
+  const schema = fetched.data;
 
   const job = useMemo(() => requestOf(draft, schema), [draft, schema]);
   const missing = [!draft.dataset && t("pictures to learn from"), !draft.base && t("a base model"), !draft.name.trim() && t("a name")].filter(Boolean);

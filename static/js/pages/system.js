@@ -1,55 +1,42 @@
-// The machine: devices, memory, disk, versions. Shows what the server reports, with gauges where there is a total.
+// The machine: devices, memory, disk, versions and limits.
 import { html } from "../../vendor/preact-htm.js";
 import { api } from "../api.js";
 import { bytes, duration, int } from "../format.js";
 import { useResource, useTitle } from "../hooks.js";
 import { t } from "../i18n.js";
-import { Bar, Card, Problem, Skeleton } from "../ui.js";
+import { Bar, Card, Problem, Skeleton, Status } from "../ui.js";
 
-function Gauge({ label, used, total, what }) {
-  const share = total ? used / total : 0;
-  return html`<div class="gauge"><div class="row small"><strong>${label}</strong><span class="grow"></span><span class="num muted">${t("{used} of {total}", { used: bytes(used), total: bytes(total) })}</span></div>
-    <${Bar} done=${used} total=${total} tone=${share > 0.92 ? "bad" : share > 0.8 ? "warn" : "run"} label=${label} />${what && html`<p class="note">${what}</p>`}</div>`;
+function Gauge({ label, total, free }) {
+  if (!total) return html`<p class="note">${t("{label}: not known on this machine.", { label })}</p>`;
+  const used = total - free;
+  const share = used / total;
+  return html`<div class="gauge"><div class="row small"><strong>${label}</strong><span class="grow"></span><span class="num muted">${t("{free} free of {total}", { free: bytes(free), total: bytes(total) })}</span></div>
+    <${Bar} done=${used} total=${total} tone=${share > 0.95 ? "bad" : share > 0.85 ? "warn" : "run"} label=${t("{label}, used", { label })} /></div>`;
 }
 
-// A total with a used or free twin, in any of the spellings a gauge may have.
-const pair = (x, stem) => {
-  const group = x?.[stem] ?? {};
-  const total = group.total_bytes ?? x?.[`${stem}_total_bytes`];
-  const free = group.available_bytes ?? group.free_bytes ?? x?.[`${stem}_available_bytes`] ?? x?.[`${stem}_free_bytes`];
-  const used = group.used_bytes ?? x?.[`${stem}_used_bytes`] ?? (total !== undefined && free !== undefined ? total - free : undefined);
-  return total > 0 && used !== undefined ? { used, total } : null;
-};
-
-const word = (k) => k.replace(/_(bytes|s)$/, "").replace(/_/g, " ");
-const value = (k, v) => (v === null || v === undefined ? "–" : k.endsWith("_bytes") ? bytes(v) : k.endsWith("_s") && typeof v === "number" ? duration(v) : typeof v === "number" ? int(v) : typeof v === "boolean" ? (v ? t("yes") : t("no")) : Array.isArray(v) ? v.join(", ") : String(v));
-
-function Figures({ of, skip = [] }) {
-  const list = Object.entries(of ?? {}).filter(([k, v]) => !skip.includes(k) && (v === null || typeof v !== "object" || (Array.isArray(v) && v.every((x) => typeof x !== "object"))));
-  return html`<dl class="facts">${list.map(([k, v]) => html`<dt>${word(k)}</dt><dd>${value(k, v)}</dd>`)}</dl>`;
-}
+const Facts = ({ list }) => html`<dl class="facts">${list.map(([k, v]) => html`<dt>${k}</dt><dd>${v}</dd>`)}</dl>`;
+const word = (name) => name.replace(/_bytes$/, "").replace(/_/g, " ").replace(/^./, (c) => c.toUpperCase());
 
 export function SystemPage() {
   const { data: s, error, reload } = useResource(() => api.system(), [], 3000);
-  const version = useResource(() => api.version(), []);
+  const { data: v, error: versionError } = useResource(() => api.version(), []);
   useTitle(t("System"));
   if (error && !s) return html`<div class="page"><h1>${t("System")}</h1><${Problem} error=${error} retry=${reload} /></div>`;
   if (!s) return html`<div class="page"><h1>${t("System")}</h1><${Skeleton} n=${3} height=${110} /></div>`;
-  const memory = pair(s, "memory");
-  const disk = pair(s, "disk");
+  const jobs = Object.entries(s.jobs ?? {}).filter(([, n]) => n > 0);
   return html`<div class="page"><div class="page-head"><div class="grow"><h1>${t("System")}</h1><p class="sub">${t("What this server runs on. Nothing is sent anywhere.")}</p></div></div>
+    ${error && html`<${Problem} error=${error} retry=${reload} />`}
     <div class="two">
       <${Card} title=${t("Memory and disk")} icon="memory"><div class="stack">
-        ${memory && html`<${Gauge} label=${t("Memory")} ...${memory} />`}${disk && html`<${Gauge} label=${t("Disk of the data directory")} ...${disk} />`}
-        ${!memory && !disk && html`<p class="note">${t("The server reports no totals on this machine.")}</p>`}
-        <${Figures} of=${s} skip=${["devices"]} /></div></${Card}>
-      <${Card} title=${t("Devices")} icon="system"><div class="stack">${(s.devices ?? []).map((d) => {
-        const m = typeof d === "object" ? pair(d, "memory") : null;
-        return html`<div class="stack-s device"><strong>${typeof d === "string" ? d : (d.name ?? d.id)}</strong>${m && html`<${Gauge} label=${t("Memory")} ...${m} />`}${typeof d === "object" && html`<${Figures} of=${d} skip=${["name"]} />`}</div>`;
-      })}${(s.devices ?? []).length === 0 && html`<p class="note">${t("No device is listed.")}</p>`}</div></${Card}>
+        <${Gauge} label=${t("Memory")} total=${s.memory_total_bytes} free=${s.memory_available_bytes} />
+        <${Gauge} label=${t("Disk of the data directory")} total=${s.disk_total_bytes} free=${s.disk_available_bytes} />
+        <${Facts} list=${[[t("Result files"), bytes(s.artifact_bytes)]]} /></div></${Card}>
+      <${Card} title=${t("Devices")} icon="system"><div class="stack"><div class="row">${(s.devices ?? []).map((d) => html`<span class="device mono">${d}</span>`)}</div>
+        <p class="note">${t("One job trains on each device at a time; the others wait in line.")}</p>
+        <${Facts} list=${[[t("CPU cores"), int(s.cpus)], [t("Running for"), duration(s.uptime_s)]]} /></div></${Card}>
+      <${Card} title=${t("Jobs")} icon="jobs">${jobs.length ? html`<${Facts} list=${jobs.map(([status, n]) => [html`<${Status} status=${status} />`, int(n)])} />` : html`<p class="note">${t("None yet.")}</p>`}</${Card}>
+      <${Card} title=${t("Version and limits")} icon="info"><div class="stack">${v ? html`<${Facts} list=${[[t("Version"), v.version], [t("Worker protocol"), v.protocol], [t("Trains"), v.trains ? t("yes") : t("no, this build only serves")], ...Object.entries(v.limits ?? {}).map(([k, x]) => [word(k), k.endsWith("_bytes") ? bytes(x) : int(x)])]} />` : versionError ? html`<${Problem} error=${versionError} />` : html`<${Skeleton} />`}
+        <p class="note">${t("The API is described at")} <a href="openapi.json">openapi.json</a>.</p></div></${Card}>
     </div>
-    <${Card} title=${t("Version")} icon="info">${version.data ? html`<${Figures} of=${version.data} />` : version.error ? html`<${Problem} error=${version.error} />` : html`<${Skeleton} />`}
-      <p class="note">${t("The API is described at")} <a href="openapi.json">openapi.json</a>.</p></${Card}>
-    ${s.queue && html`<${Card} title=${t("Queue")} icon="jobs"><${Figures} of=${s.queue} /></${Card}>`}
   </div>`;
 }

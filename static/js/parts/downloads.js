@@ -17,14 +17,14 @@ const kindOf = (f) => KINDS[f.kind] ?? { title: f.name, about: "", order: 9 };
 
 /** The file most people want: the diffusers adapter. */
 export const mainFile = (files) => [...files].sort((a, b) => kindOf(a).order - kindOf(b).order)[0];
-export const fileUrl = (jobId, f) => (f.url ? f.url.replace(/^\//, "") : `jobs/${encodeURIComponent(jobId)}/files/${encodeURIComponent(f.name)}`);
+export const fileUrl = (jobId, f) => `jobs/${encodeURIComponent(jobId)}/files/${encodeURIComponent(f.name)}`;
 
 export function Downloads({ jobId, files }) {
   const list = [...files].sort((a, b) => kindOf(a).order - kindOf(b).order || a.name.localeCompare(b.name));
   return html`<ul class="files">${list.map((f) => html`<li key=${f.name}>
     <span class="file-icon"><${Icon} name="file" /></span>
     <div class="grow stack-s"><div><strong>${t(kindOf(f).title)}</strong> <span class="small muted">${t(kindOf(f).about)}</span></div>
-      <div class="row small"><code class="clip">${f.name}</code><span class="muted num nowrap">${bytes(f.bytes ?? f.size)}</span></div>
+      <div class="row small"><code class="clip">${f.name}</code><span class="muted num nowrap">${bytes(f.bytes)}</span></div>
       <div class="row sha"><span class="hash clip" title=${f.sha256} data-sha256=${f.sha256}>sha256 ${f.sha256}</span><${CopyButton} text=${f.sha256} label=${t("Copy the hash of {name}", { name: f.name })} /></div></div>
     <a class=${`btn ${kindOf(f).order === 0 ? "primary" : ""}`} href=${fileUrl(jobId, f)} download=${f.name} data-kind=${f.kind}><${Icon} name="download" />${t("Download")}<span class="sr"> ${f.name}</span></a>
   </li>`)}</ul>`;

@@ -5,7 +5,7 @@ import { plural, t } from "../i18n.js";
 
 const SHOWN = 500;
 const time = (line) => {
-  const at = new Date(line.t ?? line.t_ms ?? line.ts ?? line.created_at);
+  const at = new Date(line.ts);
   return Number.isNaN(at.getTime()) ? "" : at.toLocaleTimeString("en-GB");
 };
 
@@ -20,7 +20,7 @@ export function LogTail({ logs }) {
   const box = useRef(null);
   const all = [...logs.values()].sort((a, b) => a.n - b.n);
   const wanted = words.toLowerCase();
-  const found = all.filter((l) => (!warnings || l.level === "warn" || l.level === "error") && (!wanted || String(l.message ?? l.msg).toLowerCase().includes(wanted)));
+  const found = all.filter((l) => (!warnings || l.level === "warn" || l.level === "error") && (!wanted || l.message.toLowerCase().includes(wanted)));
   const shown = found.slice(-SHOWN);
   const newest = all.at(-1)?.n;
   useLayoutEffect(() => {
@@ -39,7 +39,7 @@ export function LogTail({ logs }) {
     </div>
     <div class="log" ref=${box} onScroll=${scrolled} tabindex="0" role="log" aria-live="off" aria-label=${t("Log")} data-lines=${all.length}>
       ${found.length > shown.length && html`<p class="log-more">${t("{n} earlier lines are not shown; search finds them.", { n: int(found.length - shown.length) })}</p>`}
-      ${shown.map((l) => html`<p key=${l.n} class=${`l-${l.level ?? "info"}`}><time>${time(l)}</time><b>${(l.level ?? "info").toUpperCase()}</b><span dir="auto">${plain(l.message ?? l.msg)}</span></p>`)}
+      ${shown.map((l) => html`<p key=${l.n} class=${`l-${l.level ?? "info"}`}><time>${time(l)}</time><b>${(l.level ?? "info").toUpperCase()}</b><span dir="auto">${plain(l.message)}</span></p>`)}
       ${all.length === 0 && html`<p class="log-more">${t("Nothing logged yet.")}</p>`}
     </div></div>`;
 }
