@@ -48,6 +48,8 @@ pub struct Server {
     pub insecure_no_auth: bool,
     /// Accepted `Host` names besides the bind address and loopback.
     pub allowed_hosts: Vec<String>,
+    /// Folder that the dashboard is served from; empty: the files in the binary.
+    pub static_dir: PathBuf,
     /// Milliseconds, 1000..=3600000.
     pub request_timeout_ms: u64,
     /// Milliseconds, 1000..=60000.

@@ -9,6 +9,7 @@
 //! - [`app`]: what every request handler holds, and the acts that need more than the store.
 //! - [`events`]: from the store to viewers, gapless.
 //! - [`blobs`]: published files.
+//! - [`http`]: the API and the dashboard.
 //! - [`ingest`]: uploaded archives into datasets.
 
 pub mod app;
@@ -16,5 +17,6 @@ pub mod blobs;
 pub mod config;
 pub mod domain;
 pub mod events;
+pub mod http;
 pub mod ingest;
 pub mod store;

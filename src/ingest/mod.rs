@@ -15,6 +15,7 @@ mod archive;
 mod captions;
 mod folder;
 pub mod inspect;
+pub mod library;
 mod names;
 mod pairing;
 mod publish;

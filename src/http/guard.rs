@@ -1,0 +1,187 @@
+//! What every request passes: request id and error rendering, security headers, Host allow-list, cross-site check.
+//!
+//! Knows no resource. Used by [`super::router`] only.
+
+use std::{net::IpAddr, sync::Arc};
+
+use axum::{
+    body::Body,
+    extract::{Request, State},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header},
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+use uuid::Uuid;
+
+use super::error::{ApiError, Code, Unrendered};
+
+const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// No script, style or request but to this server; pictures also from memory. Nothing may frame the dashboard.
+const CSP: &str =
+    "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'";
+/// For files: nothing in them may run, even when opened.
+pub(super) const FILE_CSP: &str = "default-src 'none'; sandbox; frame-ancestors 'none'";
+
+/// Outermost: gives the request an id, renders errors as problem+json, and sets the headers that every answer has.
+pub(super) async fn request_context(request: Request, next: Next) -> Response {
+    let id = format!("req_{}", Uuid::now_v7().simple());
+    let method = request.method().clone();
+    let path = request.uri().path().to_owned();
+    let started = std::time::Instant::now();
+    let mut response = render(next.run(request).await, &id);
+    tracing::debug!(
+        request.id = id,
+        %method,
+        path,
+        status = response.status().as_u16(),
+        duration_ms = started.elapsed().as_secs_f64() * 1e3,
+        "answered"
+    );
+    let headers = response.headers_mut();
+    if let Ok(id) = HeaderValue::from_str(&id) {
+        headers.insert(X_REQUEST_ID, id);
+    }
+    let fixed = [
+        (header::CONTENT_SECURITY_POLICY, CSP),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::X_FRAME_OPTIONS, "DENY"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
+        (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
+    ];
+    for (name, value) in fixed {
+        headers.entry(name).or_insert(HeaderValue::from_static(value));
+    }
+    headers
+        .entry(header::CACHE_CONTROL)
+        .or_insert(HeaderValue::from_static("no-cache"));
+    response
+}
+
+/// Renders our own errors, and turns the framework's plain ones into the same form.
+fn render(response: Response, id: &str) -> Response {
+    if let Some(Unrendered(error)) = response.extensions().get::<Unrendered>() {
+        return error.render(id);
+    }
+    let status = response.status();
+    let is_problem = response
+        .headers()
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|t| t.as_bytes().starts_with(b"application/problem+json"));
+    if (!status.is_client_error() && !status.is_server_error()) || is_problem {
+        return response;
+    }
+    let code = match status {
+        StatusCode::NOT_FOUND => Code::RouteNotFound,
+        StatusCode::METHOD_NOT_ALLOWED => Code::MethodNotAllowed,
+        StatusCode::PAYLOAD_TOO_LARGE => Code::BodyTooLarge,
+        StatusCode::REQUEST_TIMEOUT => Code::Timeout,
+        StatusCode::UNSUPPORTED_MEDIA_TYPE => Code::NotJson,
+        StatusCode::URI_TOO_LONG => Code::UriTooLong,
+        s if s.is_client_error() => Code::InvalidQuery,
+        _ => Code::Internal,
+    };
+    let mut rendered = ApiError::new(code, format!("{}.", code.title())).render(id);
+    if let Some(allow) = response.headers().get(header::ALLOW) {
+        rendered.headers_mut().insert(header::ALLOW, allow.clone());
+    }
+    rendered
+}
+
+/// Host names that requests may name, beside IP addresses and localhost.
+#[derive(Debug, Clone, Default)]
+pub(super) struct AllowedHosts(pub Arc<Vec<String>>);
+
+/// Refuses requests whose Host is a name that nobody configured (DNS rebinding). An IP address is always fine: a page
+/// of another site cannot make a browser send one that is not its own.
+pub(super) async fn host_allow_list(State(allowed): State<AllowedHosts>, request: Request, next: Next) -> Response {
+    let authority = authority(request.headers(), request.uri());
+    let Some(authority) = authority else {
+        return ApiError::new(Code::HostNotAllowed, "The request names no host.").into_response();
+    };
+    let name = host_name(&authority);
+    let is_ip = name
+        .trim_start_matches('[')
+        .trim_end_matches(']')
+        .parse::<IpAddr>()
+        .is_ok();
+    let configured = || allowed.0.iter().any(|host| host.eq_ignore_ascii_case(name));
+    if is_ip || name.eq_ignore_ascii_case("localhost") || configured() {
+        return next.run(request).await;
+    }
+    let shown: String = name.chars().take(100).collect();
+    ApiError::new(Code::HostNotAllowed, format!("The host {shown:?} is not known here.")).into_response()
+}
+
+fn authority(headers: &HeaderMap, uri: &Uri) -> Option<String> {
+    let mut hosts = headers.get_all(header::HOST).iter();
+    match (hosts.next(), hosts.next()) {
+        (Some(host), None) => host.to_str().ok().map(str::to_owned),
+        (None, _) => uri.authority().map(ToString::to_string),
+        (Some(_), Some(_)) => None,
+    }
+}
+
+/// `host:port` without the port.
+fn host_name(authority: &str) -> &str {
+    match authority.rsplit_once(':') {
+        Some((host, port)) if !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit()) => host,
+        _ => authority,
+    }
+}
+
+/// Refuses changes that a page of another site asks for. Clients that are no browsers send neither header and pass.
+pub(super) async fn same_site(request: Request, next: Next) -> Response {
+    if matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS) {
+        return next.run(request).await;
+    }
+    let headers = request.headers();
+    let text = |name| {
+        headers
+            .get(name)
+            .map(|v: &HeaderValue| v.to_str().unwrap_or("?").to_owned())
+    };
+    if let Some(site) = text(HeaderName::from_static("sec-fetch-site"))
+        && !matches!(site.as_str(), "same-origin" | "none")
+    {
+        return ApiError::new(
+            Code::OriginNotAllowed,
+            format!("The browser says that the request is {site}."),
+        )
+        .into_response();
+    }
+    if let Some(origin) = text(header::ORIGIN) {
+        let own = authority(headers, request.uri());
+        let names = origin.split_once("://").map(|(_, rest)| rest.to_ascii_lowercase());
+        if names.is_none() || names != own.map(|o| o.to_ascii_lowercase()) {
+            let shown: String = origin.chars().take(200).collect();
+            return ApiError::new(Code::OriginNotAllowed, format!("The request comes from {shown:?}.")).into_response();
+        }
+    }
+    next.run(request).await
+}
+
+/// A panic in a handler: logged by the panic hook, told as `internal`.
+#[expect(clippy::needless_pass_by_value, reason = "the layer's signature")]
+pub(super) fn panicked(panic: Box<dyn std::any::Any + Send + 'static>) -> Response<Body> {
+    let message = panic
+        .downcast_ref::<&str>()
+        .map(|s| (*s).to_owned())
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_default();
+    ApiError::internal(format!("a handler panicked: {message}")).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_port_is_not_part_of_the_host_name() {
+        assert_eq!(host_name("localhost:8080"), "localhost");
+        assert_eq!(host_name("[::1]:8080"), "[::1]");
+        assert_eq!(host_name("[::1]"), "[::1]");
+        assert_eq!(host_name("127.0.0.1"), "127.0.0.1");
+        assert_eq!(host_name("evil.example:80"), "evil.example");
+    }
+}
