@@ -91,9 +91,9 @@ const trend = (values) => {
 /**
  * A figure with one or more lines over `x`.
  * @param {{title:string, x:number[], lines:Array<{label:string,values:(number|null)[],color:string,width?:number,summary?:boolean}>,
- *   height?:number, log?:boolean, sync?:string, compact?:boolean, unit?:string, total?:number}} props
+ *   height?:number, log?:boolean, sync?:string, compact?:boolean, unit?:string, total?:number, version?:number}} props `version` changes when `x` or the values changed in place
  */
-export function Chart({ title, x, lines, height = 300, log = false, sync, compact = false, unit = "", total = 0, table = true }) {
+export function Chart({ title, x, lines, height = 300, log = false, sync, compact = false, unit = "", total = 0, table = true, version = 0 }) {
   const holder = useRef(null);
   const plot = useRef(null);
   const [cursor, setCursor] = useState(null);
@@ -130,7 +130,7 @@ export function Chart({ title, x, lines, height = 300, log = false, sync, compac
     const zoomed = u.zoomed;
     u.setData(data, !zoomed);
     if (zoomed) u.redraw();
-  });
+  }, [version, total, ...lines.map((l) => l.values)]);
 
   const move = (e) => {
     const n = x.length;
@@ -159,7 +159,7 @@ export function Chart({ title, x, lines, height = 300, log = false, sync, compac
       max: num(values.reduce((a, b) => Math.max(a, b), -Infinity)),
       trend: trend(main.values),
     });
-  }, [x.length, x.at(-1), main.values]);
+  }, [version, main.values]);
 
   return html`<figure class=${`chart ${compact ? "compact" : ""}`} role="figure" aria-label=${title} aria-describedby=${`${id}s`} data-points=${x.length}>
     <div class="readout num" aria-hidden="true">

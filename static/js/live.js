@@ -13,6 +13,8 @@ const MAX_POINTS = 20_000;
 export class Points {
   constructor() {
     this.columns = new Map([["step", []]]);
+    /** Grows with every change, for those who keep what they derived. */
+    this.version = 0;
   }
   get step() {
     return this.columns.get("step");
@@ -32,6 +34,7 @@ export class Points {
     let at = steps.length;
     while (at > 0 && steps[at - 1] >= row.step) at -= 1;
     const replace = steps[at] === row.step;
+    this.version += 1;
     for (const name of Object.keys(row)) this.column(name);
     for (const [name, column] of this.columns) column.splice(at, replace ? 1 : 0, row[name] ?? null);
   }

@@ -1,9 +1,9 @@
 // One job: where it stands, its curves, its pictures before and after, its files, log and settings.
 import { html, useMemo, useState } from "../../vendor/preact-htm.js";
-import { api } from "../api.js";
+import { api, rows } from "../api.js";
 import { Chart, smooth } from "../chart.js";
 import { absolute, bytes, duration, int, num, speed } from "../format.js";
-import { useNow, useTitle } from "../hooks.js";
+import { useNow, useResource, useTitle } from "../hooks.js";
 import { Icon } from "../icons.js";
 import { baseId, datasetId, elapsed, sentence, stages, steps, stopping } from "../job_words.js";
 import { t } from "../i18n.js";
@@ -107,18 +107,29 @@ function Finished({ job, samples, files }) {
   </section>`;
 }
 
-const SMALL = [
-  { key: "lr", title: "Learning rate", color: "--chart-2" },
-  { key: "grad_norm", title: "Gradient norm", color: "--chart-3" },
-  { key: "samples_per_s", title: "Pictures per second", color: "--chart-4" },
-];
+const SMALL = ["lr", "grad_norm", "samples_per_s"];
+const COLORS = ["--chart-2", "--chart-3", "--chart-4"];
+// Figures of every step that are not curves of their own.
+const NOT_DRAWN = new Set(["step", "t", "t_ms", "attempt", "epoch", "loss", "step_ms"]);
+const TITLES = { lr: "Learning rate", grad_norm: "Gradient norm", samples_per_s: "Samples per second" };
+
+/** The small charts: the usual three, then whatever else the family measures, under its own titles. */
+function smallCharts(points, family) {
+  const extra = [...points.columns.keys()].filter((k) => !SMALL.includes(k) && !NOT_DRAWN.has(k));
+  return [...SMALL, ...extra]
+    .filter((key) => points.columns.has(key) && points.column(key).some((v) => typeof v === "number"))
+    .map((key, i) => {
+      const said = family?.metrics?.find((m) => m.name === key);
+      return { key, title: TITLES[key] ? t(TITLES[key]) : (said?.title ?? key), unit: TITLES[key] ? "" : (said?.unit ?? ""), color: COLORS[i % COLORS.length] };
+    });
+}
 
 function Curves({ job, points, progress }) {
   const [weight, setWeight] = useState(0.9);
   const [log, setLog] = useState(false);
   const x = points.step;
   const loss = points.column("loss");
-  const smoothed = useMemo(() => smooth(loss, weight), [x.length, x.at(-1), weight]);
+  const smoothed = useMemo(() => smooth(loss, weight), [points.version, weight]);
   const { total } = steps(job, progress);
   const sync = `job-${job.id}`;
   const lines = weight
@@ -127,13 +138,14 @@ function Curves({ job, points, progress }) {
   const tools = html`<label class="row small smooth"><span class="muted">${t("Smoothing")}</span><span class="muted small">${t("raw")}</span>
       <input type="range" min="0" max="0.99" step="0.01" value=${weight} onInput=${(e) => setWeight(Number(e.currentTarget.value))} aria-label=${t("Smoothing of the loss curve")} /><span class="muted small">${t("smooth")}</span></label>
     <label class="switch"><input type="checkbox" checked=${log} onChange=${(e) => setLog(e.currentTarget.checked)} />${t("Log scale")}</label>`;
-  const small = SMALL.filter((s) => points.columns.has(s.key) && points.column(s.key).some((v) => v !== null));
+  const families = useResource(() => api.families(), []);
+  const small = smallCharts(points, rows(families.data).find((f) => f.id === job.family));
   return html`<${Card} title=${t("Training loss")} icon="chart" tools=${tools}>
     ${x.length === 0 ? html`<${Empty} icon="chart" title=${isOver(job.status) ? t("No training step was made") : t("Waiting for the first step")}>
         <p class="small">${isOver(job.status) ? "" : t("The loss appears here, live, as soon as training starts.")}</p></${Empty}>`
-      : html`<${Chart} title=${t("Training loss")} x=${x} lines=${lines} log=${log} height=${280} sync=${sync} total=${total} />`}
+      : html`<${Chart} title=${t("Training loss")} x=${x} lines=${lines} log=${log} height=${280} sync=${sync} total=${total} version=${points.version} />`}
     <p class="note"><${Icon} name="info" /> ${t("Diffusion loss is noisy by nature: each step draws random noise levels, and some are easy. Watch the smooth line, and trust the pictures more than the number.")}${x.length > 1 ? ` ${t("Drag to zoom, double-click to reset.")}` : ""}</p>
-    ${small.length > 0 && x.length > 0 && html`<div class="small-charts">${small.map((s) => html`<${Chart} key=${s.key} compact title=${t(s.title)} x=${x} lines=${[{ label: t(s.title), values: points.column(s.key), color: s.color, width: 1.75, summary: true }]} height=${120} sync=${sync} total=${total} table=${false} />`)}</div>`}
+    ${small.length > 0 && x.length > 0 && html`<div class="small-charts">${small.map((s) => html`<${Chart} key=${s.key} compact title=${s.title} x=${x} lines=${[{ label: s.title, values: points.column(s.key), color: s.color, width: 1.75, summary: true }]} height=${120} sync=${sync} total=${total} version=${points.version} unit=${s.unit ? ` ${s.unit}` : ""} table=${false} />`)}</div>`}
   </${Card}>`;
 }
 

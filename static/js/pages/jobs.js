@@ -28,6 +28,20 @@ function go(query, changes) {
 
 // Curves and newest pictures of listed jobs. A finished job's never change, so they are fetched once.
 const previews = new Map();
+const MAX_FETCHES = 4;
+let fetching = 0;
+const waiting = [];
+/** Runs `load` when fewer than MAX_FETCHES run, so that a long list does not flood the server. */
+async function inTurn(load) {
+  if (fetching >= MAX_FETCHES) await new Promise((go) => waiting.push(go));
+  fetching += 1;
+  try {
+    return await load();
+  } finally {
+    fetching -= 1;
+    waiting.shift()?.();
+  }
+}
 function usePreview(job) {
   const over = isOver(job.status);
   const known = previews.get(job.id);
@@ -36,14 +50,14 @@ function usePreview(job) {
   useEffect(() => {
     if (previews.get(job.id)?.stamp === stamp || job.status === "queued") return;
     let gone = false;
-    Promise.all([api.metrics(job.id, { keys: "loss", max_points: 80 }), api.samples(job.id)]).then(
+    inTurn(() => (gone ? Promise.reject(new Error("left")) : Promise.all([api.metrics(job.id, { keys: "loss", max_points: 80 }), api.samples(job.id)]))).then(
       ([metrics, samples]) => {
         const loss = metrics?.series?.loss;
         const pictures = rows(samples).filter((s) => (s.prompt_index ?? 0) === 0).sort((a, b) => a.step - b.step);
         previews.set(job.id, { stamp, loss: smooth((Array.isArray(loss) ? loss : loss?.last) ?? [], 0.8), picture: pictures.at(-1) });
         if (!gone) redraw((n) => n + 1);
       },
-      () => previews.set(job.id, { stamp, loss: [] }),
+      () => gone || previews.set(job.id, { stamp, loss: [] }),
     );
     return () => (gone = true);
   }, [job.id, stamp]);
