@@ -23,9 +23,12 @@ use super::{
 };
 use crate::{
     app::App,
-    domain::{Action, CancelMode, Dataset, Job, JobId, JobPatch, JobStatus, Progress},
+    domain::{Action, CancelMode, Dataset, EventKind, Job, JobEvent, JobId, JobPatch, JobStatus, Progress},
     store::JobFilter,
 };
+
+/// Alerts told with a job; older ones are in its event stream.
+const MAX_ALERTS: u32 = 20;
 
 /// A job.
 #[derive(Debug, Serialize, ToSchema)]
@@ -85,6 +88,9 @@ pub(super) struct JobDto {
     /// How far the running attempt is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress: Option<ProgressDto>,
+    /// What the newest alerts say, oldest first; not in lists.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub alerts: Vec<AlertDto>,
     /// Figures of the finished job, e.g. `final_loss`.
     #[schema(value_type = Object)]
     pub summary: Map<String, Value>,
@@ -241,6 +247,35 @@ impl ProgressDto {
     }
 }
 
+/// Something a user should look at.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+#[schema(as = Alert)]
+pub(super) struct AlertDto {
+    /// Stable: `loss.not_finite`, `caption.truncated`, …
+    pub code: String,
+    /// `info`, `warn`, `error`.
+    pub severity: String,
+    /// Step it was seen at.
+    pub step: u64,
+    /// One sentence.
+    pub detail: String,
+    /// When.
+    pub ts: String,
+}
+
+impl From<&JobEvent> for AlertDto {
+    fn from(event: &JobEvent) -> Self {
+        let text = |key: &str| event.data[key].as_str().unwrap_or_default().to_owned();
+        Self {
+            code: text("code"),
+            severity: text("severity"),
+            step: event.data["step"].as_u64().unwrap_or_default(),
+            detail: text("detail"),
+            ts: rfc3339(event.t_ms),
+        }
+    }
+}
+
 /// Addresses of a job's parts.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = JobLinks)]
@@ -286,6 +321,7 @@ impl JobDto {
             progress: progress
                 .filter(|_| active)
                 .map(|p| ProgressDto::new(p, job.step, job.total_steps)),
+            alerts: Vec::new(),
             summary: job.summary.clone(),
             allowed: job.status.actions().to_vec(),
             cursor: job.last_seq.to_string(),
@@ -312,7 +348,11 @@ pub(super) async fn describe(app: &App, job: &Job) -> ApiResult<JobDto> {
         None
     };
     let progress = app.events.newest_progress(job.id);
-    Ok(JobDto::new(job, (&dataset).into(), position, progress.as_deref()))
+    let alerts = app.store.newest_events(job.id, EventKind::Alert, MAX_ALERTS).await?;
+    Ok(JobDto {
+        alerts: alerts.iter().map(AlertDto::from).collect(),
+        ..JobDto::new(job, (&dataset).into(), position, progress.as_deref())
+    })
 }
 
 async fn describe_all(app: &App, jobs: &[Job]) -> ApiResult<Vec<JobDto>> {

@@ -106,10 +106,14 @@ class JobStore {
 
   setJob(job) {
     this.job = job;
+    for (const alert of job.alerts ?? []) this.putAlert(alert);
     if (job.progress) this.progress = { ...this.progress, ...job.progress };
   }
   async loadFiles() {
     this.files = rows(await api.files(this.id));
+  }
+  putAlert(alert) {
+    this.alerts.set(`${alert.code}/${alert.step}/${alert.detail}`, alert);
   }
   putSample(sample) {
     this.samples.set(`${sample.step}/${sample.prompt_index}`, sample);
@@ -161,7 +165,7 @@ class JobStore {
     on("log", (line) => this.putLogs([line]));
     on("sample", (sample) => this.putSample(sample));
     on("checkpoint", (checkpoint) => this.checkpoints.set(checkpoint.step, checkpoint));
-    on("alert", (alert) => this.alerts.set(`${alert.code}/${alert.step}`, alert));
+    on("alert", (alert) => this.putAlert(alert));
     on("resync", () => {
       source.close();
       this.cursor = null;

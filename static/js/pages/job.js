@@ -13,6 +13,7 @@ import { Downloads, fileUrl, HowToUse, mainFile } from "../parts/downloads.js";
 import { LogTail } from "../parts/log.js";
 import { Ago, Bar, Card, Code, Confirm, Empty, isOver, Modal, Problem, Skeleton, STATES, Status, Tabs, toast } from "../ui.js";
 
+const ALERT_TONES = { info: "idle", warn: "warn", error: "bad" };
 const CONNECTION = {
   connecting: { tone: "idle", word: "Connecting" },
   live: { tone: "ok", word: "Live", pulse: true },
@@ -211,7 +212,7 @@ export function JobPage({ id }) {
       <${Timeline} job=${job} progress=${progress} /></section>
 
     ${job.status === "failed" && job.error && html`<${Problem} error=${job.error} />`}
-    ${alerts.map((a) => html`<div class="alert tone-warn" role="status" key=${a.code + a.step}><${Icon} name="alert" /><div class="body"><h3>${t("Step {n}", { n: int(a.step) })}: ${a.detail}</h3><p class="req">${a.code}</p></div></div>`)}
+    ${alerts.map((a) => html`<div class=${`alert tone-${ALERT_TONES[a.severity] ?? "warn"}`} role="status" key=${a.code + a.step + a.detail}><${Icon} name=${a.severity === "info" ? "info" : "alert"} /><div class="body"><h3>${a.detail}</h3><p class="req">${t("step {n}", { n: int(a.step) })} · ${a.code}</p></div></div>`)}
     ${files.length > 0 && (job.status === "succeeded" || job.status === "cancelled") && html`<${Finished} job=${job} samples=${samples} files=${files} />`}
 
     <div class="with-side"><div class="stack">
