@@ -1,22 +1,34 @@
 //! The lorad server: LoRA fine-tuning jobs over HTTP, one OS process per attempt.
 //!
-//! Where to start reading: `serve` wires everything; [`domain`] says what the server talks about; [`store`] is the only
-//! SQL; `scheduler` moves jobs. One job, file by file, is in `ARCHITECTURE.md`.
+//! Where to start reading: [`serve`] wires everything; [`domain`] says what the server talks about; [`store`] is the only
+//! SQL; [`scheduler`] moves jobs. One job, file by file, is in `ARCHITECTURE.md`.
 //!
-//! - [`config`]: layered settings; `configs/default.toml` documents each key.
+//! - [`serve`]: the whole server, wired.
+//! - [`config`], [`telemetry`]: layered settings (`configs/default.toml` documents each key), logging.
 //! - [`domain`]: pure values and decisions: ids, the job state machine, attempts, metrics.
 //! - [`store`]: SQLite.
 //! - [`app`]: what every request handler holds, and the acts that need more than the store.
+//! - [`scheduler`], [`executor`]: jobs onto devices, attempts into processes.
+//! - [`agent`], `agent_api`: the worker protocol, from inside the worker and from the server.
 //! - [`events`]: from the store to viewers, gapless.
-//! - [`blobs`]: published files.
+//! - [`blobs`], [`builtin`]: published files, the bundled base model.
 //! - [`http`]: the API and the dashboard.
 //! - [`ingest`]: uploaded archives into datasets.
+//! - [`trainer`]: the only file that names the trainer.
 
+pub mod agent;
+mod agent_api;
 pub mod app;
 pub mod blobs;
+pub mod builtin;
 pub mod config;
 pub mod domain;
 pub mod events;
+pub mod executor;
 pub mod http;
 pub mod ingest;
+pub mod scheduler;
+pub mod serve;
 pub mod store;
+pub mod telemetry;
+pub mod trainer;

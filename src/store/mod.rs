@@ -22,6 +22,7 @@ use sqlx::{
 pub use attempts::{Applied, Attempt, Claimed, NewAttempt, WorkerBatch};
 pub use catalogue::NewArtifact;
 pub use idempotency::{Begin, IdempotencyKey, StoredAnswer};
+pub(crate) use ingest::phase_name;
 pub use jobs::{JobFilter, Page};
 
 use crate::domain::{Action, IllegalChange, JobId, JobStatus};

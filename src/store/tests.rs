@@ -238,20 +238,16 @@ async fn the_trigger_aborts_an_illegal_transition_and_a_falling_fence() {
 #[tokio::test]
 async fn the_pragmas_hold_on_every_connection() {
     let f = fixture().await;
-    for (pragma, expected) in [
-        ("journal_mode", "wal"),
-        ("synchronous", "2"),
-        ("foreign_keys", "1"),
-        ("busy_timeout", "5000"),
-    ] {
-        for pool in [&f.store.writer, &f.store.readers] {
-            let row = sqlx::query(sqlx::AssertSqlSafe(format!(
-                "SELECT CAST({pragma} AS TEXT) FROM pragma_{pragma}"
-            )))
-            .fetch_one(pool)
-            .await
-            .unwrap();
-            assert_eq!(row.get::<String, _>(0), expected, "{pragma}");
+    for pool in [&f.store.writer, &f.store.readers] {
+        let mode: String = sqlx::query_scalar("PRAGMA journal_mode").fetch_one(pool).await.unwrap();
+        assert_eq!(mode, "wal");
+        for (pragma, expected) in [
+            ("PRAGMA synchronous", 2_i64),
+            ("PRAGMA foreign_keys", 1),
+            ("PRAGMA busy_timeout", 5000),
+        ] {
+            let value: i64 = sqlx::query_scalar(pragma).fetch_one(pool).await.unwrap();
+            assert_eq!(value, expected, "{pragma}");
         }
     }
     let write = sqlx::query("DELETE FROM jobs").execute(&f.store.readers).await;

@@ -1,0 +1,102 @@
+//! Result files: verified against what the worker announced, published, and recorded together with the job's last change
+//! of status.
+
+use lorad_proto::{event::Results, problem::Problem};
+
+use crate::{
+    app::{App, remove_dir},
+    blobs::BlobError,
+    domain::{ArtifactKind, Desired, Job, JobStatus, artifact::is_plain_file_name},
+    store::{Attempt, NewArtifact, StoreError},
+};
+
+/// Publishes what an attempt delivered and makes its job final. On an error of the store the job stays in `saving`, and
+/// the next round tries again: publishing twice is harmless.
+pub(super) async fn publish(app: &App, attempt: &Attempt) {
+    let Some(results) = attempt.results() else { return };
+    let settled = match publish_files(app, attempt, results).await {
+        Ok(artifacts) => {
+            app.store
+                .complete(attempt.job_id, attempt.attempt, &artifacts, &results.summary)
+                .await
+        }
+        Err(problem) => app.store.fail_attempt(attempt.job_id, attempt.attempt, &problem).await,
+    };
+    match settled {
+        Ok(job) => {
+            tracing::info!(job.id = %job.id, status = %job.status, files = results.files.len(), "a job is complete");
+            clean_up(app, &job).await;
+            app.changed(job);
+        }
+        // The job was settled in another way meanwhile (cancelled by force).
+        Err(StoreError::Fenced { .. }) => {}
+        Err(error) => {
+            tracing::error!(job.id = %attempt.job_id, error = &error as &dyn std::error::Error, "results were not recorded");
+            tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+        }
+    }
+}
+
+async fn publish_files(app: &App, attempt: &Attempt, results: &Results) -> Result<Vec<NewArtifact>, Problem> {
+    let mut artifacts = Vec::new();
+    for file in &results.files {
+        if !is_plain_file_name(&file.name) {
+            return Err(unusable(format!("{:?} is no plain file name.", file.name)));
+        }
+        let source = attempt.dir.join("results").join(&file.name);
+        app.blobs
+            .publish(attempt.job_id, &file.name, &source, file.bytes, &file.sha256)
+            .await
+            .map_err(|error| blob_problem(&error))?;
+        artifacts.push(NewArtifact {
+            name: file.name.clone(),
+            kind: ArtifactKind::from(file.kind),
+            bytes: file.bytes,
+            sha256: file.sha256.clone(),
+        });
+    }
+    Ok(artifacts)
+}
+
+fn unusable(detail: String) -> Problem {
+    Problem::new("results.unusable", "The result files could not be published", detail)
+        .with_hint("Look at the free space of the data directory and at the job's worker log, then retry the job.")
+}
+
+fn blob_problem(error: &BlobError) -> Problem {
+    let mut detail = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        detail.push_str(": ");
+        detail.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    unusable(detail)
+}
+
+/// Removes what a final job's attempts do not need any more: copies of published files, and for a job that was cancelled
+/// without saving, everything.
+pub(super) async fn clean_up(app: &App, job: &Job) {
+    match job.status {
+        JobStatus::Cancelled if job.desired != Desired::CancelSave => {
+            // A worker that still runs would write into the void; its end calls here again.
+            match app.store.live_attempts().await {
+                Ok(live) if live.iter().any(|attempt| attempt.job_id == job.id) => {}
+                Ok(_) => remove_dir(app.data.job(job.id)).await,
+                Err(error) => tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "a cancelled job's files were kept"
+                ),
+            }
+        }
+        JobStatus::Succeeded | JobStatus::Cancelled => {
+            let attempts = app.data.job(job.id).join("attempts");
+            for n in 1..=job.attempt {
+                let dir = attempts.join(n.to_string());
+                remove_dir(dir.join("results")).await;
+                remove_dir(dir.join("samples")).await;
+            }
+        }
+        _ => {}
+    }
+}
