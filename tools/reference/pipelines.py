@@ -183,7 +183,9 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
     """The pipeline in f32, whatever its files hold, sampling with DDIM built from its own scheduler config."""
     pipe = StableDiffusionPipeline.from_pretrained(
         folder, safety_checker=None, dtype=torch.float32, local_files_only=True)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    # As StableDiffusionPipeline does with the scheduler it is given: a config without `clip_sample` means False here, not
+    # the class's default.
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
     for m in (pipe.unet, pipe.vae, pipe.text_encoder):
         m.float().eval().requires_grad_(False)

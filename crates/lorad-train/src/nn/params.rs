@@ -119,6 +119,7 @@ pub struct Loading<'a> {
     used: RefCell<BTreeSet<String>>,
     expected: RefCell<Vec<ExpectedTensor>>,
     adaptable: RefCell<Vec<AdaptableModule>>,
+    stock_layer_norm: bool,
 }
 
 impl<'a> Loading<'a> {
@@ -138,6 +139,7 @@ impl<'a> Loading<'a> {
             used: RefCell::default(),
             expected: RefCell::default(),
             adaptable: RefCell::default(),
+            stock_layer_norm: false,
         }
     }
 
@@ -152,7 +154,16 @@ impl<'a> Loading<'a> {
             used: RefCell::default(),
             expected: RefCell::default(),
             adaptable: RefCell::default(),
+            stock_layer_norm: false,
         }
+    }
+
+    /// Puts candle's own layer norm, which drops the gradient, in place of ours: what the golden tests must notice.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn with_stock_layer_norm(mut self) -> Self {
+        self.stock_layer_norm = true;
+        self
     }
 
     /// The root of the key tree.
@@ -227,6 +238,11 @@ impl Params<'_> {
     /// Whether this is a dry build: tensors have their shape but no memory, and packing them is a waste.
     pub fn is_dry(&self) -> bool {
         self.loading.source.is_none()
+    }
+
+    /// See [`Loading::with_stock_layer_norm`].
+    pub(super) fn stock_layer_norm(&self) -> bool {
+        self.loading.stock_layer_norm
     }
 
     /// Where the model goes.

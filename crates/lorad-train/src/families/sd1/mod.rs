@@ -3,6 +3,7 @@
 pub mod clip;
 pub mod config;
 pub mod keys;
+mod resnet;
 pub mod tokenizer;
 pub mod unet;
 pub mod vae;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use lorad_proto::problem::Problem;
 use serde_json::{Value, json};
-use tokenizers::Tokenizer;
+use tokenizers::{AddedToken, Tokenizer};
 
 /// A caption as the text encoder takes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,6 +54,16 @@ impl ClipTokenizer {
         // Padding and truncation of the file are the pipeline's business, and it does them here, in `encode`.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| bad(dir, &e.to_string()))?;
+        let unknown = token("unk_token", &end);
+        // transformers finds special tokens in the text before it splits it; with SD 2.x's pad token "!", every "!".
+        let special: Vec<AddedToken> = [&begin, &end, &pad, &unknown]
+            .into_iter()
+            .filter(|text| tokenizer.token_to_id(text).is_some())
+            .map(|text| AddedToken::from(text.as_str(), true))
+            .collect();
+        tokenizer
+            .add_special_tokens(special)
+            .map_err(|e| bad(dir, &e.to_string()))?;
         let id = |text: &str| {
             tokenizer
                 .token_to_id(text)
