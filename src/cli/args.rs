@@ -1,0 +1,248 @@
+//! What can be typed: commands, flags, help.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand};
+
+const EXAMPLES: &str = "\
+Examples:
+  lorad demo                          A complete training job on bundled data, in about two minutes
+  lorad serve                         The server, with its dashboard at http://127.0.0.1:8080
+  lorad train --base demo-icons --data pictures.zip --out results
+  lorad doctor                        What this machine offers, and what to fix
+
+Exit codes: 0 ok, 1 error, 2 wrong command line, 3 the job failed, 4 the job was cancelled";
+
+/// A self-hosted LoRA fine-tuning server.
+#[derive(Debug, Parser)]
+#[command(name = "lorad", version, about, after_help = EXAMPLES, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Start the server: HTTP API, dashboard, job queue.
+    Serve(Serve),
+    /// Run a complete job on bundled data and show the result.
+    Demo(Demo),
+    /// Train one adapter without a server.
+    Train(Train),
+    /// Look at this machine: devices, memory, disk, versions, base models.
+    Doctor(Doctor),
+    /// List the base models that can be trained.
+    Models(Models),
+    /// List the model families, or one family's hyperparameters.
+    Families(Families),
+    /// Print the OpenAPI 3.1 document of the HTTP API.
+    Openapi,
+    /// Ask a running server whether it is ready (exit 0) or not (exit 1).
+    Healthcheck(Healthcheck),
+    /// Show the settings.
+    Config(Config),
+    /// Run one attempt at a job; started by the server.
+    #[command(hide = true)]
+    Worker(Worker),
+    /// Decode pictures under limits; started by the server.
+    #[command(hide = true, name = lorad::ingest::inspect::SUBCOMMAND)]
+    InspectImages,
+}
+
+/// Settings that several commands share; each overrides the environment (`LORAD_…`) and the file.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct Settings {
+    /// Folder for the database, datasets, jobs and results.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// Settings file (TOML); `lorad config default` prints one with every key explained.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  lorad serve
+  lorad serve --bind 127.0.0.1:9000 --data-dir /srv/lorad
+  lorad serve --bind 0.0.0.0:8080 --insecure-no-auth     (only where the network is trusted)
+
+Ctrl-C or SIGTERM stops it: running jobs write a checkpoint and go on after the next start.")]
+pub(crate) struct Serve {
+    /// Address to listen on; port 0 takes a free one.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(crate) bind: Option<SocketAddr>,
+    #[command(flatten)]
+    pub(crate) settings: Settings,
+    /// Serve other machines without asking who they are.
+    #[arg(long)]
+    pub(crate) insecure_no_auth: bool,
+    /// Serve the dashboard from this folder instead of from the binary (for work on it).
+    #[arg(long, value_name = "DIR")]
+    pub(crate) static_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  lorad demo               Stays up afterwards, for a look at the dashboard
+  lorad demo --exit        Ends when the job does; exit code 3 if it failed")]
+pub(crate) struct Demo {
+    /// Address to listen on; by default port 8080 of this machine, or a free port if that is taken.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(crate) bind: Option<SocketAddr>,
+    #[command(flatten)]
+    pub(crate) settings: Settings,
+    /// End when the job ends.
+    #[arg(long)]
+    pub(crate) exit: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  lorad train --base demo-icons --data assets/silhouettes.zip --out results \\
+      --set max_train_steps=400 --set learning_rate=2e-3 --prompt 'silhouette icon of rocket'
+  lorad train --base /models/stable-diffusion-v1-5 --data my-pictures/ --out results --set lora_rank=16
+
+`lorad families sd1` lists what --set knows. Ctrl-C saves what has been trained and stops; a second one stops at once.")]
+pub(crate) struct Train {
+    /// Base model: a diffusers folder, or the id of a registered one (`lorad models`).
+    #[arg(long, value_name = "DIR|ID")]
+    pub(crate) base: String,
+    /// Pictures with captions: a folder, or a zip or tar.gz archive.
+    #[arg(long, value_name = "DIR|ARCHIVE")]
+    pub(crate) data: PathBuf,
+    /// Folder for the results; made if missing.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Name of the adapter; by default the name of the data.
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// A hyperparameter, e.g. `lora_rank=16`; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
+    pub(crate) set: Vec<(String, serde_json::Value)>,
+    /// A prompt to draw before, during and after training; may be repeated.
+    #[arg(long)]
+    pub(crate) prompt: Vec<String>,
+    /// Optimizer steps between pictures; 0: only before and after.
+    #[arg(long, value_name = "STEPS", default_value_t = 100)]
+    pub(crate) sample_every: u64,
+    /// Seed of the first picture.
+    #[arg(long, value_name = "SEED", default_value_t = 0)]
+    pub(crate) sample_seed: u64,
+    /// Device: `cpu`, `cuda:0`, …
+    #[arg(long, default_value = "cpu")]
+    pub(crate) device: String,
+    /// Write every step's figures to this file, one JSON object a line.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) metrics: Option<PathBuf>,
+    /// Also write the whole pipeline with the adapter merged in.
+    #[arg(long)]
+    pub(crate) merged_pipeline: bool,
+    /// Check everything and print the plan as JSON, without training.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) settings: Settings,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Doctor {
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) settings: Settings,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Models {
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) settings: Settings,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  lorad families
+  lorad families sd1
+  lorad families sd1 --json        The JSON Schema")]
+pub(crate) struct Families {
+    /// Which family; without it all are listed.
+    pub(crate) id: Option<String>,
+    /// Print JSON.
+    #[arg(long, conflicts_with = "markdown")]
+    pub(crate) json: bool,
+    /// Print the family's page for `docs/families`.
+    #[arg(long, requires = "id")]
+    pub(crate) markdown: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Healthcheck {
+    /// Address of the server.
+    #[arg(env = "LORAD_URL", default_value = "http://127.0.0.1:8080")]
+    pub(crate) url: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Config {
+    #[command(subcommand)]
+    pub(crate) command: ConfigCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Print the settings that a server started now would use, as JSON.
+    Show(Settings),
+    /// Print the built-in settings file, with every key explained.
+    Default,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Worker {
+    /// Folder of the attempt, with its `spec.json`.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) attempt_dir: PathBuf,
+}
+
+/// `KEY=VALUE`; the value is JSON where it reads as such (numbers, booleans, lists), else text.
+fn key_value(text: &str) -> Result<(String, serde_json::Value), String> {
+    let (key, value) = text.split_once('=').ok_or("expected KEY=VALUE")?;
+    if key.is_empty() {
+        return Err("expected a name before `=`".to_owned());
+    }
+    let value = serde_json::from_str(value).unwrap_or_else(|_| value.into());
+    Ok((key.to_owned(), value))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use clap::CommandFactory;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn set_takes_numbers_booleans_lists_and_words() {
+        assert_eq!(key_value("learning_rate=2e-3").unwrap().1, json!(2e-3));
+        assert_eq!(key_value("random_flip=true").unwrap().1, json!(true));
+        assert_eq!(key_value("target_modules=attention").unwrap().1, json!("attention"));
+        assert_eq!(
+            key_value(r#"target_modules=["to_q","to_k"]"#).unwrap().1,
+            json!(["to_q", "to_k"])
+        );
+        assert!(key_value("=1").is_err());
+        assert!(key_value("rank").is_err());
+    }
+}

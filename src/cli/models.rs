@@ -1,0 +1,141 @@
+//! `lorad models`: base models on this machine, and finding one by id or folder.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, bail};
+use lorad::{
+    builtin::{self, BUNDLED_MODEL},
+    config::Config,
+    trainer::TrainerCatalog,
+};
+use lorad_proto::{
+    catalog::{BaseModelInfo, Catalog},
+    problem::Problem,
+};
+use serde::Serialize;
+
+use super::{
+    Exit,
+    args::{Models, Settings},
+    config, print_problem_details,
+    tables::{size, table},
+};
+
+/// A base model folder and what it is, or what is wrong with it.
+#[derive(Debug, Serialize)]
+pub(crate) struct Found {
+    /// The name that a job's `base_model` takes.
+    pub(crate) id: String,
+    path: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    info: Option<BaseModelInfo>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) problem: Option<Problem>,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &Models) -> Result<Exit> {
+    let found = find(&config::load(&args.settings, &[])?)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&found)?);
+        return Ok(Exit::Ok);
+    }
+    println!("{}", listing(&found));
+    for model in &found {
+        if let Some(problem) = &model.problem {
+            eprintln!("{}: {problem}", model.id);
+            print_problem_details(problem);
+        }
+    }
+    Ok(Exit::Ok)
+}
+
+/// The bundled base, what lies in the data folder's `models/`, and what lies below the roots of the settings.
+pub(crate) fn find(config: &Config) -> Result<Vec<Found>> {
+    let models = config.storage.data_dir.join("models");
+    let mut found = vec![inspect(BUNDLED_MODEL.to_owned(), bundled(config)?)];
+    for root in std::iter::once(&models).chain(&config.models.roots) {
+        let Ok(entries) = fs::read_dir(root) else { continue };
+        let mut folders: Vec<_> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+        folders.sort();
+        for folder in folders
+            .into_iter()
+            .filter(|folder| folder.join("model_index.json").is_file())
+        {
+            let id = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if id != BUNDLED_MODEL {
+                found.push(inspect(id, folder));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Id and absolute folder of a base: a folder as given, or a model found by its id.
+pub(crate) fn locate(base: &str, settings: &Settings) -> Result<(String, PathBuf)> {
+    let given = Path::new(base);
+    if given.is_dir() {
+        let path = given.canonicalize().with_context(|| format!("find {base}"))?;
+        let id = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        return Ok((id, path));
+    }
+    let config = config::load(settings, &[])?;
+    if base == BUNDLED_MODEL {
+        let path = bundled(&config)?.canonicalize().context("find the bundled model")?;
+        return Ok((base.to_owned(), path));
+    }
+    let found = find(&config)?;
+    if let Some(model) = found.iter().find(|model| model.id == base) {
+        return Ok((
+            base.to_owned(),
+            model.path.canonicalize().with_context(|| format!("find {base}"))?,
+        ));
+    }
+    let known: Vec<_> = found.iter().map(|model| model.id.as_str()).collect();
+    bail!(
+        "--base {base}: neither a folder nor a known model; known are {}",
+        known.join(", ")
+    );
+}
+
+/// The bundled base, unpacked into the data folder.
+fn bundled(config: &Config) -> Result<PathBuf> {
+    Ok(builtin::unpack(&config.storage.data_dir.join("models"))?)
+}
+
+/// A table of base models.
+pub(crate) fn listing(found: &[Found]) -> String {
+    let mut rows = vec![
+        ["base model", "family", "side", "size", "folder"]
+            .map(str::to_owned)
+            .to_vec(),
+    ];
+    rows.extend(found.iter().map(|model| {
+        let (family, side, bytes) = match &model.info {
+            Some(info) => (info.family.clone(), format!("{} px", info.resolution), size(info.bytes)),
+            None => ("cannot be trained".to_owned(), "-".to_owned(), "-".to_owned()),
+        };
+        vec![model.id.clone(), family, side, bytes, model.path.display().to_string()]
+    }));
+    table(&rows)
+}
+
+fn inspect(id: String, path: PathBuf) -> Found {
+    match TrainerCatalog.inspect_base(&path) {
+        Ok(info) => Found {
+            id,
+            path,
+            info: Some(info),
+            problem: None,
+        },
+        Err(problem) => Found {
+            id,
+            path,
+            info: None,
+            problem: Some(problem),
+        },
+    }
+}
