@@ -123,7 +123,7 @@ function DemoButton({ big }) {
       setBusy(false);
     }
   };
-  return html`<div class="stack-s"><button type="button" class=${`btn primary ${big ? "big" : ""}`} disabled=${busy} onClick=${run}><${Icon} name=${busy ? "spinner" : "play"} />${busy ? t("Starting…") : t("Run the demo")}</button>
+  return html`<div class="stack-s"><button type="button" class=${`btn ${big ? "primary big" : ""}`} disabled=${busy} onClick=${run}><${Icon} name=${busy ? "spinner" : "play"} />${busy ? t("Starting…") : t("Run the demo")}</button>
     ${error && html`<${Problem} error=${error} />`}</div>`;
 }
 

@@ -51,7 +51,7 @@ export function Compare({ samples, prompts, over }) {
         const sample = row.at.get(s);
         return html`<td key=${s} class=${c === 0 ? "c-before" : ""}>${sample
           ? html`<button type="button" class="shot" onClick=${() => setOpen({ r, c: Math.max(c, 1) })} aria-label=${t("{prompt}, {when}. Open full screen.", { prompt: row.prompt, when: columnName(s, over, c === steps.length - 1) })}><img src=${src(sample)} alt="" loading="lazy" width=${sample.width} height=${sample.height} /></button>`
-          : html`<div class="shot sk" aria-hidden="true"></div>`}</td>`;
+          : html`<div class=${`shot ${over ? "wait" : "sk"}`} aria-hidden="true"></div>`}</td>`;
       })}${!over && html`<td class="c-next"><div class="shot wait" aria-hidden="true"></div></td>`}</tr>
     </tbody>`)}
     </table>

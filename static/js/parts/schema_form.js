@@ -41,7 +41,8 @@ export function parse(property, text) {
       return trimmed;
     }
   }
-  if (types.includes("array") && trimmed.includes(",")) return trimmed.split(",").map((x) => x.trim()).filter(Boolean);
+  // a list of plain names; anything else with a comma is a pattern
+  if (types.includes("array") && /^[\w. -]+(,[\w. -]*)+$/.test(trimmed)) return trimmed.split(",").map((x) => x.trim()).filter(Boolean);
   return trimmed;
 }
 
@@ -65,8 +66,9 @@ const title = (name, property) => property.title ?? name.replace(/_/g, " ").repl
 function bounds(property) {
   const low = property.minimum ?? property.exclusiveMinimum;
   const high = property.maximum ?? property.exclusiveMaximum;
-  if (low !== undefined && high !== undefined) return `${low} – ${high}`;
-  if (low !== undefined) return property.exclusiveMinimum !== undefined ? `> ${low}` : `≥ ${low}`;
+  const above = property.exclusiveMinimum !== undefined;
+  if (low !== undefined && high !== undefined && high <= 1e5) return above ? `> ${low}, ≤ ${high}` : `${low} – ${high}`;
+  if (low !== undefined) return above ? `> ${low}` : `≥ ${low}`;
   return high !== undefined ? `≤ ${high}` : "";
 }
 
@@ -82,6 +84,7 @@ export function Field({ id, label, unit, help, problem, changed, onReset, childr
 function Property({ name, property, text, problem, onText }) {
   const types = typesOf(property);
   const choices = choicesOf(property);
+  const suggestions = choices.length ? choices : (property.examples ?? []).filter((x) => typeof x === "string");
   const fallback = defaultText(property);
   const value = text ?? fallback;
   const changed = text !== undefined && text.trim() !== fallback.trim();
@@ -96,8 +99,8 @@ function Property({ name, property, text, problem, onText }) {
   } else {
     const numeric = types.some((x) => x === "number" || x === "integer") && !types.includes("string");
     control = html`<input class=${`input ${numeric ? "num" : ""}`} type="text" inputmode=${numeric ? "decimal" : undefined} autocomplete="off" spellcheck="false" ...${common} value=${value}
-      placeholder=${fallback === "" ? t("automatic") : ""} list=${choices.length ? `l-${name}` : undefined} onInput=${(e) => onText(e.currentTarget.value)} />
-      ${choices.length > 0 && html`<datalist id=${`l-${name}`}>${choices.map((c) => html`<option value=${String(c)} />`)}</datalist>`}`;
+      placeholder=${fallback === "" ? t("automatic") : ""} list=${suggestions.length ? `l-${name}` : undefined} onInput=${(e) => onText(e.currentTarget.value)} />
+      ${suggestions.length > 0 && html`<datalist id=${`l-${name}`}>${suggestions.map((c) => html`<option value=${String(c)} />`)}</datalist>`}`;
   }
   return html`<${Field} id=${name} label=${title(name, property)} unit=${unit} help=${property.description} problem=${problem} changed=${changed} onReset=${() => onText(undefined)}>${control}</${Field}>`;
 }
