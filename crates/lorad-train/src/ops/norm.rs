@@ -184,7 +184,6 @@ fn group_norm_grad(
 }
 
 vectorized! {
-    #[expect(clippy::too_many_arguments, reason = "one pass over everything")]
     fn weighted_grads(
         x: &[f32],
         g: &[f32],
