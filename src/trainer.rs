@@ -26,6 +26,10 @@ pub trait Reporter: Send + Sync {
     fn command(&self) -> Command;
 }
 
+/// Stack of the training thread: backward and drop recurse over the graph.
+#[cfg(feature = "train")]
+const TRAINING_STACK_BYTES: usize = 256 << 20;
+
 /// The trainer's families, as the server sees them.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct TrainerCatalog;
@@ -84,6 +88,119 @@ impl Catalog for TrainerCatalog {
     }
 }
 
+#[cfg(feature = "train")]
+mod imp {
+    use std::{any::Any, panic::AssertUnwindSafe, thread};
+
+    use lorad_train::{data, families, run};
+
+    use super::{
+        Arc, AttemptSpec, BaseModelInfo, Command, FamilyInfo, FieldError, ImageVerdict, Map, Path, Plan, Problem,
+        Reporter, Sampling, TRAINING_STACK_BYTES, Value, WorkerEvent,
+    };
+
+    /// Hands the server's reporter to the trainer.
+    struct Bridge(Arc<dyn Reporter>);
+
+    impl lorad_train::task::Reporter for Bridge {
+        fn emit(&self, event: WorkerEvent) {
+            self.0.emit(event);
+        }
+
+        fn command(&self) -> Command {
+            self.0.command()
+        }
+    }
+
+    pub(super) fn run_attempt(spec: AttemptSpec, reporter: Arc<dyn Reporter>) -> WorkerEvent {
+        let train = move || {
+            std::panic::catch_unwind(AssertUnwindSafe(|| run::run_attempt(&spec, &Bridge(reporter))))
+                .unwrap_or_else(|panic| failed(&panicked(&*panic)))
+        };
+        let thread = thread::Builder::new()
+            .name("train".to_owned())
+            .stack_size(TRAINING_STACK_BYTES)
+            .spawn(train);
+        match thread.map(thread::JoinHandle::join) {
+            Ok(Ok(event)) => event,
+            Ok(Err(panic)) => failed(&panicked(&*panic)),
+            Err(e) => failed(
+                &Problem::new(
+                    "worker.no_thread",
+                    "The training thread could not be started",
+                    format!(
+                        "The system refused a thread with a stack of {} MiB: {e}.",
+                        TRAINING_STACK_BYTES >> 20
+                    ),
+                )
+                .with_hint("Raise the limits on threads and address space (`ulimit -u`, `ulimit -v`)."),
+            ),
+        }
+    }
+
+    fn failed(problem: &Problem) -> WorkerEvent {
+        WorkerEvent::Failed {
+            problem: problem.clone(),
+        }
+    }
+
+    fn panicked(panic: &(dyn Any + Send)) -> Problem {
+        let message = panic
+            .downcast_ref::<&str>()
+            .map(|s| (*s).to_owned())
+            .or_else(|| panic.downcast_ref::<String>().cloned())
+            .unwrap_or_else(|| "no message".to_owned());
+        Problem::new(
+            "worker.panicked",
+            "The trainer hit a bug",
+            format!("The training thread panicked: {message}"),
+        )
+        .with_hint("This is a bug in lorad, not in your data. Please report it with the job's log.")
+    }
+
+    pub(super) fn verified_checkpoint_step(dir: &Path) -> Option<u64> {
+        lorad_train::checkpoint::verify(dir).ok().map(|manifest| manifest.step)
+    }
+
+    pub(super) fn near_black_share(png: &[u8]) -> Option<f64> {
+        data::near_black_share(png)
+    }
+
+    pub(super) fn families() -> Vec<FamilyInfo> {
+        families::FAMILIES.iter().map(|f| f.info()).collect()
+    }
+
+    pub(super) fn inspect_base(path: &Path) -> Result<BaseModelInfo, Problem> {
+        families::inspect_base(path)
+    }
+
+    pub(super) fn resolve(
+        family: &str,
+        base: &BaseModelInfo,
+        given: &Map<String, Value>,
+    ) -> Result<Map<String, Value>, Vec<FieldError>> {
+        families::by_id(family)
+            .map_err(|p| vec![FieldError::new("", p.code, p.detail)])?
+            .resolve(base, given)
+    }
+
+    pub(super) fn plan(
+        family: &str,
+        base_path: &Path,
+        base: &BaseModelInfo,
+        hyperparameters: &Map<String, Value>,
+        sampling: &Sampling,
+        n_items: u32,
+    ) -> Result<Plan, Problem> {
+        families::by_id(family)?.plan(base_path, base, hyperparameters, sampling, n_items)
+    }
+
+    pub(super) fn inspect_image(file: &Path, thumbnail: Option<&Path>) -> ImageVerdict {
+        data::inspect_image(file, thumbnail)
+    }
+}
+
+#[cfg(not(feature = "train"))]
 mod imp {
     use super::{
         Arc, AttemptSpec, BaseModelInfo, FamilyInfo, FieldError, ImageVerdict, Map, Path, Plan, Problem, Reporter,

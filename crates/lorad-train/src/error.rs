@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use lorad_proto::problem::Problem;
+use lorad_proto::{event::StopReason, problem::Problem};
 
 /// Result of the trainer.
 pub type Result<T, E = TrainError> = std::result::Result<T, E>;
@@ -27,6 +27,9 @@ pub enum TrainError {
         #[source]
         source: std::io::Error,
     },
+    /// Not a failure: a command asked to stop while a phase before training was under way.
+    #[error("stopped by command")]
+    Stopped(StopReason),
 }
 
 impl TrainError {
@@ -35,10 +38,55 @@ impl TrainError {
         let path = path.into();
         move |source| Self::Io { act, path, source }
     }
+
+    /// The form that the user sees.
+    pub fn into_problem(self) -> Problem {
+        match self {
+            Self::Problem(problem) => *problem,
+            Self::Candle(e) => candle_problem(&e),
+            Self::Io { act, path, source } => io_problem(act, &path, &source),
+            Self::Stopped(_) => Problem::new(
+                "worker.stopped",
+                "The attempt was told to stop",
+                "A command asked to stop.",
+            ),
+        }
+    }
 }
 
 impl From<Problem> for TrainError {
     fn from(problem: Problem) -> Self {
         Self::Problem(Box::new(problem))
     }
+}
+
+fn candle_problem(e: &candle_core::Error) -> Problem {
+    let text = e.to_string();
+    // The crate names its variants after the driver's text only; an exhausted device is told by these words.
+    let lower = text.to_lowercase();
+    if lower.contains("out of memory") || lower.contains("out_of_memory") {
+        return Problem::new(
+            "device.out_of_memory",
+            "The device ran out of memory",
+            first_lines(&text),
+        )
+        .with_hint("Lower batch_size (and raise gradient_accumulation_steps), resolution or lora_rank.");
+    }
+    Problem::new("tensor.failed", "A tensor operation failed", first_lines(&text))
+        .with_hint("If the base model and the settings are as intended, this is a bug in lorad; please report it.")
+}
+
+fn io_problem(act: &str, path: &std::path::Path, source: &std::io::Error) -> Problem {
+    let detail = format!("Cannot {act} {}: {source}.", path.display());
+    if source.kind() == std::io::ErrorKind::StorageFull {
+        return Problem::new("storage.full", "The disk is full", detail)
+            .with_hint("Free some space, then retry the job; it continues from its newest checkpoint.");
+    }
+    Problem::new("storage.failed", "A file could not be read or written", detail)
+        .with_hint("Check that the file exists and that the server may access it.")
+}
+
+/// candle's errors may carry a backtrace; the user needs its head only.
+fn first_lines(text: &str) -> String {
+    text.lines().take(3).collect::<Vec<_>>().join(" ")
 }

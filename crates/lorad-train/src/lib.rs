@@ -20,7 +20,9 @@ pub mod optim;
 pub mod rng;
 pub mod run;
 pub mod schema;
+pub mod selfcheck;
 pub mod state;
+pub mod step;
 pub mod task;
 
 pub use error::{Result, TrainError};

@@ -1,7 +1,7 @@
 //! The two seams of the trainer: [`Family`] (what can be trained, and how it is configured) and [`Task`] (one opened
 //! job). [`crate::run`] knows only these.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use candle_core::{Device, Tensor};
 use lorad_proto::{
@@ -12,7 +12,7 @@ use lorad_proto::{
 };
 use serde_json::{Map, Value};
 
-use crate::{Result, lora::AdapterSet};
+use crate::{Result, TrainError, lora::AdapterSet};
 
 /// A model family: describes itself, validates, opens jobs. One static value per folder in [`crate::families`].
 pub trait Family: Sync {
@@ -58,6 +58,15 @@ pub struct MicroBatch {
     pub items: Vec<usize>,
 }
 
+/// A picture to draw.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prompt {
+    /// What.
+    pub text: String,
+    /// Seed of its initial noise.
+    pub seed: u64,
+}
+
 /// One opened job.
 pub trait Task {
     /// The trainable tensors, in sorted order of name. The list is the same for the whole life of the task.
@@ -66,12 +75,23 @@ pub trait Task {
     /// Number of training items.
     fn n_items(&self) -> usize;
 
+    /// What the run depends on besides its settings (base model, dataset), by name, so that a checkpoint of another run
+    /// is refused.
+    fn fingerprints(&self) -> BTreeMap<String, String>;
+
     /// Mean loss over the micro-batch, as a tracked scalar (f32). Everything random comes from
     /// `(seed, purpose, sample counter)`.
     fn loss(&self, batch: &MicroBatch) -> Result<Tensor>;
 
-    /// Draws one prompt with the adapter as it is now (or without it) and returns an RGB picture.
-    fn sample(&self, prompt: &str, seed: u64, sampling: &Sampling, with_adapter: bool) -> Result<image::RgbImage>;
+    /// Draws the prompts, all of them among the job's, with the adapter as it is now or without it. `on_progress` is
+    /// called between units of work; an error from it ends the drawing.
+    fn sample(
+        &self,
+        prompts: &[Prompt],
+        sampling: &Sampling,
+        with_adapter: bool,
+        on_progress: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Vec<image::RgbImage>>;
 
     /// Writes the result files for the adapter as it is now, re-reads each, and returns them (receipt included).
     fn export(&self, dir: &Path, context: &ExportContext<'_>) -> Result<Vec<ResultFile>>;
@@ -102,6 +122,20 @@ pub trait Reporter: Send + Sync {
     /// A phase's progress.
     fn phase(&self, phase: Phase, done: u64, total: u64) {
         self.emit(WorkerEvent::Phase { phase, done, total });
+    }
+
+    /// Gives up if a command asks to stop; for long phases before training, where there is nothing to save.
+    ///
+    /// # Errors
+    /// [`TrainError::Stopped`].
+    fn check_stop(&self) -> Result<()> {
+        use lorad_proto::{command::Command, event::StopReason};
+        match self.command() {
+            Command::Cancel { .. } => Err(TrainError::Stopped(StopReason::Cancelled)),
+            Command::Pause => Err(TrainError::Stopped(StopReason::Paused)),
+            Command::Drain => Err(TrainError::Stopped(StopReason::Drained)),
+            Command::None | Command::Checkpoint { .. } | Command::Sample { .. } => Ok(()),
+        }
     }
 
     /// A log line.

@@ -1,8 +1,83 @@
 //! Model families. A new one is one folder and one line in [`FAMILIES`].
+//!
+//! Families do not import each other; what two share moves to `diffusion`, `nn` or `lora`.
 
-pub mod sd1;
+use std::path::Path;
+
+use lorad_proto::{catalog::BaseModelInfo, problem::Problem};
 
 use crate::task::Family;
 
+pub mod sd1;
+
 /// The registry.
-pub static FAMILIES: &[&dyn Family] = &[];
+pub static FAMILIES: &[&dyn Family] = &[&sd1::Sd1];
+
+/// The family of that id.
+///
+/// # Errors
+/// `family.unknown`, with the known ids.
+pub fn by_id(id: &str) -> Result<&'static dyn Family, Problem> {
+    FAMILIES.iter().copied().find(|f| f.id() == id).ok_or_else(|| {
+        let known: Vec<&str> = FAMILIES.iter().map(|f| f.id()).collect();
+        Problem::new(
+            "family.unknown",
+            "No such model family",
+            format!("There is no model family `{id}`; known: {}.", known.join(", ")),
+        )
+    })
+}
+
+/// What the base model in `dir` is, asking each family in turn.
+///
+/// # Errors
+/// `base_model.missing` when there is no such folder, `base_model.unsupported` when no family knows it, or what the
+/// family found wrong.
+pub fn inspect_base(dir: &Path) -> Result<BaseModelInfo, Problem> {
+    if !dir.is_dir() {
+        return Err(Problem::new(
+            "base_model.missing",
+            "The base model is not there",
+            format!("{} is not a folder.", dir.display()),
+        )
+        .with_hint("Give the folder that holds model_index.json."));
+    }
+    for family in FAMILIES {
+        if let Some(info) = family.inspect_base(dir)? {
+            return Ok(info);
+        }
+    }
+    let known: Vec<String> = FAMILIES.iter().map(|f| f.info().name).collect();
+    Err(Problem::new(
+        "base_model.unsupported",
+        "No model family knows this base model",
+        format!(
+            "{} is not a base of any supported family ({}).",
+            dir.display(),
+            known.join(", ")
+        ),
+    )
+    .with_hint(
+        "A diffusers folder with model_index.json, unet/, vae/, text_encoder/, tokenizer/ and scheduler/ is needed.",
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_family_describes_itself_with_a_unique_id_and_an_object_schema() {
+        let mut ids: Vec<&str> = FAMILIES.iter().map(|f| f.id()).collect();
+        for family in FAMILIES {
+            let info = family.info();
+            assert_eq!(info.id, family.id());
+            assert!(!info.summary.is_empty() && !info.metrics.is_empty(), "{}", info.id);
+            assert_eq!(info.schema["type"], "object", "{}", info.id);
+            assert_eq!(info.schema["additionalProperties"], false, "{}", info.id);
+        }
+        ids.sort_unstable();
+        ids.dedup();
+        assert_eq!(ids.len(), FAMILIES.len());
+    }
+}

@@ -1,5 +1,8 @@
 //! Adapters: trainable A and B beside frozen layers.
 
+pub mod init;
+pub mod target;
+
 use std::collections::BTreeMap;
 
 use candle_core::Var;

@@ -1,10 +1,238 @@
 //! Stable Diffusion 1.x and 2.x: UNet2DConditionModel, CLIP text encoder, AutoencoderKL.
 
+mod cache;
 pub mod clip;
 pub mod config;
 pub mod keys;
 mod resnet;
+pub mod schema;
 pub mod tokenizer;
+pub mod train;
 pub mod unet;
 pub mod vae;
 pub mod weights;
+
+use std::{fs, path::Path};
+
+use candle_core::Device;
+use lorad_proto::{
+    catalog::{BaseModelInfo, FamilyInfo, MetricInfo, Plan},
+    problem::{FieldError, Problem},
+    spec::{AttemptSpec, Sampling},
+};
+use serde_json::{Map, Value, json};
+
+use self::{schema::BaseFacts, unet::adaptable_modules, weights::BaseFolder};
+use crate::{
+    Result,
+    diffusion::schedule::NoiseSchedule,
+    lora::target::TargetModules,
+    nn::AdaptableModule,
+    task::{Family, Reporter, Task},
+};
+
+/// The family.
+pub struct Sd1;
+
+impl Family for Sd1 {
+    fn id(&self) -> &'static str {
+        "sd1"
+    }
+
+    fn info(&self) -> FamilyInfo {
+        let metric = |name: &str, title: &str, unit: &str, higher_is_better: Option<bool>| MetricInfo {
+            name: name.to_owned(),
+            title: title.to_owned(),
+            unit: unit.to_owned(),
+            higher_is_better,
+        };
+        FamilyInfo {
+            id: self.id().to_owned(),
+            name: "Stable Diffusion 1.x / 2.x".to_owned(),
+            summary: "Text-to-image latent diffusion with one CLIP text encoder, trained by LoRA on the UNet."
+                .to_owned(),
+            modality: "image".to_owned(),
+            schema: crate::schema::json_schema("Hyperparameters of Stable Diffusion 1.x / 2.x", schema::FIELDS),
+            metrics: vec![
+                metric("loss", "Loss", "", Some(false)),
+                metric("lr", "Learning rate", "", None),
+                metric("grad_norm", "Gradient norm", "", None),
+                metric("step_ms", "Time per step", "ms", Some(false)),
+                metric("samples_per_s", "Throughput", "samples/s", Some(true)),
+                metric("l2_penalty", "Penalty λ·‖θ‖²", "", Some(false)),
+            ],
+        }
+    }
+
+    fn inspect_base(&self, dir: &Path) -> Result<Option<BaseModelInfo>, Problem> {
+        let Ok(index) = fs::read(dir.join("model_index.json")) else {
+            return Ok(None);
+        };
+        let Ok(index) = serde_json::from_slice::<Value>(&index) else {
+            return Ok(None);
+        };
+        if index["_class_name"].as_str() != Some("StableDiffusionPipeline") {
+            return Ok(None);
+        }
+        let base = BaseFolder::open(dir)?;
+        base.check()?;
+        let schedule = NoiseSchedule::from_config(&base.scheduler_config())?;
+        let tokenizer = base.tokenizer()?;
+        let modules = modules(&base)?;
+        let details = json!({
+            "unet_channels": base.unet.block_out_channels,
+            "unet_parameters": parameters(&base, keys::Part::Unet)?,
+            "latent_channels": base.vae.latent_channels,
+            "vae_downscale": base.vae.downscale(),
+            "size_multiple": base.vae.downscale() * base.unet.downscale(),
+            "cross_attention_dim": base.unet.cross_attention_dim,
+            "model_max_length": tokenizer.max_length(),
+            "vocab_size": base.text_encoder.vocab_size,
+            "scheduler_timesteps": schedule.num_train_timesteps(),
+            "zero_terminal_snr": schedule.config().rescale_betas_zero_snr,
+            "adaptable_modules": modules.len(),
+        });
+        Ok(Some(BaseModelInfo {
+            family: self.id().to_owned(),
+            bytes: weight_bytes(dir),
+            resolution: u32::try_from(base.unet.sample_size * base.vae.downscale()).unwrap_or(u32::MAX),
+            prediction_type: schedule.prediction_type().as_str().to_owned(),
+            details: details.as_object().cloned().unwrap_or_default(),
+        }))
+    }
+
+    fn resolve(&self, base: &BaseModelInfo, given: &Map<String, Value>) -> Result<Map<String, Value>, Vec<FieldError>> {
+        schema::resolve(
+            BaseFacts {
+                resolution: base.resolution,
+                prediction_type: &base.prediction_type,
+                multiple: base.details.get("size_multiple").and_then(Value::as_u64).unwrap_or(8),
+                zero_terminal_snr: base.details.get("zero_terminal_snr") == Some(&Value::Bool(true)),
+            },
+            given,
+        )
+    }
+
+    fn plan(
+        &self,
+        dir: &Path,
+        _base: &BaseModelInfo,
+        hyperparameters: &Map<String, Value>,
+        _sampling: &Sampling,
+        n_items: u32,
+    ) -> Result<Plan, Problem> {
+        let number = |name: &str| hyperparameters.get(name).and_then(Value::as_u64).unwrap_or(1);
+        let base = BaseFolder::open(dir)?;
+        let targets = hyperparameters
+            .get("target_modules")
+            .cloned()
+            .unwrap_or_else(|| json!("attention"));
+        let selected = selected_modules(&base, &targets)?;
+        let rank = number("lora_rank") as usize;
+        let trainable_params: u64 = selected
+            .iter()
+            .map(|m| {
+                let size = |shape: Vec<usize>| shape.iter().product::<usize>() as u64;
+                size(m.kind.lora_a_shape(rank)) + size(m.kind.lora_b_shape(rank))
+            })
+            .sum();
+        let (batch, items) = (number("batch_size"), u64::from(n_items));
+        let mut warnings = Vec::new();
+        if batch > items && items > 0 {
+            warnings.push(format!(
+                "batch_size {batch} is larger than the dataset: every step sees all {items} pictures."
+            ));
+        }
+        let total_steps = schema::steps(hyperparameters, n_items as usize);
+        if items > 0 && total_steps * batch > 1000 * items {
+            warnings.push(format!(
+                "Each picture will be seen {} times; so many repetitions usually overfit.",
+                total_steps * batch * number("gradient_accumulation_steps") / items
+            ));
+        }
+        if number("lr_warmup_steps") >= total_steps && number("lr_warmup_steps") > 1 {
+            warnings.push("The warm-up is as long as the run: the learning rate never reaches its value.".to_owned());
+        }
+        let unet_bytes = 4 * parameters(&base, keys::Part::Unet)?;
+        Ok(Plan {
+            total_steps,
+            batches_per_epoch: items.div_ceil(batch.max(1)),
+            trainable_params,
+            memory_bytes: memory_estimate(&base, unet_bytes, batch, number("resolution"), trainable_params),
+            warnings,
+        })
+    }
+
+    fn open(&self, spec: &AttemptSpec, device: &Device, reporter: &dyn Reporter) -> Result<Box<dyn Task>> {
+        Ok(Box::new(train::Sd1Task::open(spec, device, reporter)?))
+    }
+}
+
+fn modules(base: &BaseFolder) -> Result<Vec<AdaptableModule>, Problem> {
+    adaptable_modules(&base.unet).map_err(|e| {
+        Problem::new(
+            "base_model.invalid_config",
+            "A config file of the base model is not valid",
+            e.to_string(),
+        )
+    })
+}
+
+/// The modules that `target_modules` chooses.
+fn selected_modules(base: &BaseFolder, targets: &Value) -> Result<Vec<AdaptableModule>, Problem> {
+    let modules = modules(base)?;
+    let refused = |details: Vec<String>| {
+        let errors = details
+            .iter()
+            .map(|d| FieldError::new("/hyperparameters/target_modules", "no_match", d.clone()))
+            .collect();
+        Problem::new(
+            "target_modules.no_match",
+            "target_modules does not fit the base model",
+            details.join("; "),
+        )
+        .with_hint("Use a preset: attention or transformer.")
+        .with_errors(errors)
+    };
+    TargetModules::parse(targets)
+        .map_err(|e| refused(vec![e]))?
+        .select(&modules)
+        .map_err(refused)
+}
+
+fn parameters(base: &BaseFolder, part: keys::Part) -> Result<u64, Problem> {
+    let tensors = keys::expected_tensors(base, part)?;
+    Ok(tensors.iter().map(|t| t.shape.iter().product::<usize>() as u64).sum())
+}
+
+/// Bytes of all weight files of a base.
+fn weight_bytes(dir: &Path) -> u64 {
+    keys::Part::ALL
+        .iter()
+        .filter_map(|part| fs::read_dir(dir.join(part.folder())).ok())
+        .flat_map(|entries| entries.flatten())
+        .filter(|entry| entry.path().extension().is_some_and(|e| e == "safetensors"))
+        .filter_map(|entry| entry.metadata().ok())
+        .map(|metadata| metadata.len())
+        .sum()
+}
+
+/// Peak memory of training, roughly: frozen weights (packed for the forward and, for convolutions, the backward), what the
+/// graph keeps of each sample, and the adapter with its gradient and moments.
+fn memory_estimate(base: &BaseFolder, unet_bytes: u64, batch: u64, resolution: u64, trainable: u64) -> u64 {
+    /// Activations that a layer (residual block and transformer) keeps, in units of its output.
+    const KEPT_PER_LAYER: u64 = 40;
+    let side = resolution / base.vae.downscale() as u64;
+    let activations: u64 = base
+        .unet
+        .block_out_channels
+        .iter()
+        .zip(&base.unet.layers_per_block)
+        .enumerate()
+        .map(|(level, (&channels, &layers))| {
+            let side = side >> level;
+            side * side * channels as u64 * (2 * layers as u64 + 1) * KEPT_PER_LAYER
+        })
+        .sum();
+    2 * unet_bytes + 4 * batch * activations + 4 * 5 * trainable + (64 << 20)
+}

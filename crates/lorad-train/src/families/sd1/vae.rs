@@ -33,7 +33,8 @@ pub struct Posterior {
 /// diffusers v0.42.1 `models/autoencoders/{autoencoder_kl,vae}.py`.
 #[derive(Debug)]
 pub struct AutoencoderKl {
-    encoder: Encoder,
+    /// `None` once it has done its work.
+    encoder: Option<Encoder>,
     quant_conv: Option<Linear>,
     post_quant_conv: Option<Linear>,
     decoder: Decoder,
@@ -61,13 +62,20 @@ impl AutoencoderKl {
                 .transpose()
         };
         Ok(Self {
-            encoder: Encoder::load(&params.at("encoder"), config)?,
+            encoder: Some(Encoder::load(&params.at("encoder"), config)?),
             quant_conv: conv(config.use_quant_conv, "quant_conv", 2 * c)?,
             post_quant_conv: conv(config.use_post_quant_conv, "post_quant_conv", c)?,
             decoder: Decoder::load(&params.at("decoder"), config)?,
             scaling_factor: config.scaling_factor,
             downscale: config.downscale(),
         })
+    }
+
+    /// Drops the encoder's weights; [`Self::encode`] then fails.
+    #[must_use]
+    pub fn without_encoder(mut self) -> Self {
+        self.encoder = None;
+        self
     }
 
     /// `vae.config.scaling_factor`. The UNet works on `z * scaling_factor`: multiply what [`Self::encode`] gives
@@ -91,7 +99,10 @@ impl AutoencoderKl {
                 self.downscale
             )
         }
-        let mut moments = self.encoder.forward(&images.permute((0, 2, 3, 1))?.contiguous()?)?;
+        let Some(encoder) = &self.encoder else {
+            bail!("this VAE's encoder was dropped")
+        };
+        let mut moments = encoder.forward(&images.permute((0, 2, 3, 1))?.contiguous()?)?;
         if let Some(conv) = &self.quant_conv {
             moments = conv.forward(&moments, None)?;
         }

@@ -122,6 +122,27 @@ impl BaseFolder {
         WeightFiles::open(&self.dir.join(part.folder()), part)
     }
 
+    /// Every tensor of every part, in order, with its shape and its first bytes: what tells one base from another without
+    /// reading all weights.
+    ///
+    /// # Errors
+    /// As [`Self::weights`], or if a file cannot be read.
+    pub fn tensor_index(&self) -> Result<Vec<(String, Vec<usize>, Vec<u8>)>, Problem> {
+        const FIRST_BYTES: usize = 64;
+        let mut index = Vec::new();
+        for part in Part::ALL {
+            let weights = self.weights(part)?;
+            for (key, tensor) in &weights.tensors {
+                let (path, file) = &weights.files[tensor.file];
+                let mut start = vec![0; tensor.bytes.min(FIRST_BYTES)];
+                file.read_exact_at(&mut start, tensor.begin)
+                    .map_err(|e| unreadable(path, &format!("cannot be read: {e}")))?;
+                index.push((format!("{}/{key}", part.folder()), tensor.shape.clone(), start));
+            }
+        }
+        Ok(index)
+    }
+
     /// Compares every part's files with its config, by headers only.
     ///
     /// # Errors

@@ -1,0 +1,98 @@
+//! The adapter as exporters see it: host copies, f64 products.
+
+use std::collections::BTreeMap;
+
+use lorad_proto::problem::Problem;
+
+use super::tensors::Host;
+use crate::{Result, lora::AdapterSet};
+
+/// One module's factors on the host.
+#[derive(Debug, Clone)]
+pub(super) struct Factors {
+    pub(super) a: Host,
+    pub(super) b: Host,
+}
+
+/// A copy of an [`AdapterSet`] of one rank and alpha, keyed by module path (`unet.…`).
+#[derive(Debug, Clone)]
+pub(super) struct HostAdapter {
+    pub(super) rank: usize,
+    pub(super) alpha: f64,
+    pub(super) modules: BTreeMap<String, Factors>,
+}
+
+impl HostAdapter {
+    pub(super) fn copy(adapters: &AdapterSet) -> Result<Self> {
+        let refused =
+            |detail: String| Problem::new("export.unsupported_adapter", "The adapter cannot be exported", detail);
+        let mut ranks = adapters.modules.values().map(|m| (m.rank, m.alpha));
+        let Some((rank, alpha)) = ranks.next() else {
+            return Err(refused("It has no modules.".to_owned()).into());
+        };
+        if ranks.any(|other| other != (rank, alpha)) {
+            return Err(refused(
+                "Its modules differ in rank or alpha; the formats written here hold one of each.".to_owned(),
+            )
+            .into());
+        }
+        let mut modules = BTreeMap::new();
+        for (path, module) in &adapters.modules {
+            let factors = Factors {
+                a: Host::from_tensor(module.a.as_tensor())?,
+                b: Host::from_tensor(module.b.as_tensor())?,
+            };
+            if factors.a.values.iter().chain(&factors.b.values).any(|v| !v.is_finite()) {
+                return Err(Problem::new(
+                    "export.not_finite",
+                    "The adapter holds values that are not numbers",
+                    format!("{path} has infinite or undefined values."),
+                )
+                .with_hint("Training diverged: lower learning_rate.")
+                .into());
+            }
+            modules.insert(path.clone(), factors);
+        }
+        Ok(Self { rank, alpha, modules })
+    }
+
+    /// `alpha / rank`.
+    pub(super) fn scale(&self) -> f64 {
+        self.alpha / self.rank as f64
+    }
+}
+
+/// `scale · B·A`, row by row, in f64. `b`: (out, rank, …1); `a`: (rank, in…).
+pub(super) fn delta(a: &Host, b: &Host, scale: f64) -> Vec<f64> {
+    let rank = a.shape.first().copied().unwrap_or(0).max(1);
+    let n_in = a.values.len() / rank;
+    let n_out = b.values.len() / rank;
+    let mut out = vec![0.0; n_out * n_in];
+    for (row, factors) in out.chunks_exact_mut(n_in.max(1)).zip(b.values.chunks_exact(rank)) {
+        for (&factor, a_row) in factors.iter().zip(a.values.chunks_exact(n_in.max(1))) {
+            let factor = scale * f64::from(factor);
+            for (sum, &value) in row.iter_mut().zip(a_row) {
+                *sum += factor * f64::from(value);
+            }
+        }
+    }
+    out
+}
+
+/// Largest difference over the largest value of `expected`; infinite if the lengths differ or a value is not a number.
+pub(super) fn relative_error(found: &[f64], expected: &[f64]) -> f64 {
+    // `f64::max` passes over NaN, so they are looked for first.
+    if found.len() != expected.len() || found.iter().chain(expected).any(|v| !v.is_finite()) {
+        return f64::INFINITY;
+    }
+    let largest = expected.iter().fold(0.0_f64, |m, v| m.max(v.abs()));
+    let error = found
+        .iter()
+        .zip(expected)
+        .fold(0.0_f64, |m, (f, e)| m.max((f - e).abs()));
+    if error == 0.0 {
+        0.0
+    } else {
+        error / largest.max(f64::MIN_POSITIVE)
+    }
+}

@@ -1,0 +1,176 @@
+//! The three adapter formats: how each names tensors, what its header says, and how a reader gets ΔW back from it.
+//!
+//! They must not be mixed: diffusers refuses a file with both `lora_adapter_metadata` and `.alpha` keys, and ComfyUI
+//! does not know diffusers' names for attention.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
+use super::{
+    adapter::{HostAdapter, delta},
+    tensors::{Host, TensorFile},
+};
+
+/// A number as JSON writes it by hand: `8`, not `8.0`.
+pub(super) fn number(value: f64) -> Value {
+    if value.fract() == 0.0 && value.abs() < 1e15 {
+        json!(value as i64)
+    } else {
+        json!(value)
+    }
+}
+
+/// The module path inside its model: `unet.mid_block.…` -> `mid_block.…`.
+fn inner(module: &str) -> &str {
+    module.split_once('.').map_or(module, |(_, rest)| rest)
+}
+
+// --- diffusers ---
+
+/// `pytorch_lora_weights.safetensors`.
+///
+/// The scale `alpha / rank` is folded into B, and the header says alpha = rank. So readers that know
+/// `lora_adapter_metadata` (diffusers >= 0.34) and those that assume alpha = rank get the same ΔW.
+///
+/// # Source
+/// diffusers v0.42.1 `loaders/lora_base.py` (`LORA_ADAPTER_METADATA_KEY`, `_pack_dict_with_prefix`), `loaders/peft.py`.
+pub(super) fn diffusers(adapter: &HostAdapter) -> TensorFile {
+    let mut file = TensorFile::default();
+    for (module, factors) in &adapter.modules {
+        file.tensors
+            .insert(format!("{module}.lora_A.weight"), factors.a.clone());
+        file.tensors
+            .insert(format!("{module}.lora_B.weight"), factors.b.scaled(adapter.scale()));
+    }
+    let mut config = BTreeMap::new();
+    for module in adapter.modules.keys() {
+        let root = module.split('.').next().unwrap_or_default();
+        config.insert(format!("{root}.r"), json!(adapter.rank));
+        config.insert(format!("{root}.lora_alpha"), json!(adapter.rank));
+        let targets = config
+            .entry(format!("{root}.target_modules"))
+            .or_insert_with(|| json!([]));
+        if let Value::Array(list) = targets {
+            list.push(json!(inner(module)));
+        }
+    }
+    file.metadata.insert("format".to_owned(), "pt".to_owned());
+    file.metadata
+        .insert("lora_adapter_metadata".to_owned(), format!("{:#}", json!(config)));
+    file
+}
+
+/// ΔW by module from a diffusers file, as a reader that takes alpha = rank.
+pub(super) fn read_diffusers(file: &TensorFile) -> BTreeMap<String, Vec<f64>> {
+    read_pairs(file, "", ".lora_A.weight", ".lora_B.weight", |_| 1.0)
+}
+
+// --- PEFT ---
+
+/// `adapter_model.safetensors` of a PEFT folder: A and B as trained, scale in `adapter_config.json`.
+///
+/// # Source
+/// peft 0.21.2 `utils/save_and_load.py` (`get_peft_model_state_dict`).
+pub(super) fn peft(adapter: &HostAdapter) -> TensorFile {
+    let mut file = TensorFile::default();
+    for (module, factors) in &adapter.modules {
+        let name = format!("base_model.model.{}", inner(module));
+        file.tensors.insert(format!("{name}.lora_A.weight"), factors.a.clone());
+        file.tensors.insert(format!("{name}.lora_B.weight"), factors.b.clone());
+    }
+    file.metadata.insert("format".to_owned(), "pt".to_owned());
+    file
+}
+
+/// `adapter_config.json`. Target modules are whole paths, so that nothing else can match.
+pub(super) fn peft_config(adapter: &HostAdapter, base_model: &str, init: &Value) -> Value {
+    let targets: Vec<&str> = adapter.modules.keys().map(|m| inner(m)).collect();
+    json!({
+        "peft_type": "LORA", "task_type": null, "base_model_name_or_path": base_model, "inference_mode": true,
+        "r": adapter.rank, "lora_alpha": number(adapter.alpha), "lora_dropout": 0.0, "bias": "none",
+        "fan_in_fan_out": false, "use_rslora": false, "use_dora": false, "modules_to_save": null,
+        "init_lora_weights": init, "target_modules": targets,
+    })
+}
+
+/// ΔW by module from a PEFT file and its config.
+pub(super) fn read_peft(file: &TensorFile, config: &Value) -> BTreeMap<String, Vec<f64>> {
+    let scale = config["lora_alpha"].as_f64().unwrap_or(f64::NAN) / config["r"].as_f64().unwrap_or(f64::NAN);
+    read_pairs(file, "base_model.model.", ".lora_A.weight", ".lora_B.weight", |_| scale)
+        .into_iter()
+        .map(|(module, delta)| (format!("unet.{module}"), delta))
+        .collect()
+}
+
+// --- kohya ---
+
+/// `unet.down_blocks.0.attentions.0.proj_in` -> `lora_unet_down_blocks_0_attentions_0_proj_in`.
+///
+/// # Source
+/// kohya-ss/sd-scripts `networks/lora.py` (`LoRANetwork.create_modules`); ComfyUI `comfy/lora.py` (`model_lora_keys_unet`).
+pub(super) fn kohya_name(module: &str) -> String {
+    let (root, rest) = module.split_once('.').unwrap_or((module, ""));
+    let prefix = match root {
+        "unet" => "lora_unet",
+        "text_encoder" => "lora_te",
+        other => other,
+    };
+    format!("{prefix}_{}", rest.replace('.', "_"))
+}
+
+/// The kohya-named twin, for ComfyUI and A1111.
+pub(super) fn kohya(adapter: &HostAdapter, metadata: BTreeMap<String, String>) -> TensorFile {
+    let mut file = TensorFile {
+        metadata,
+        ..TensorFile::default()
+    };
+    for (module, factors) in &adapter.modules {
+        let name = kohya_name(module);
+        file.tensors
+            .insert(format!("{name}.lora_down.weight"), factors.a.clone());
+        file.tensors.insert(format!("{name}.lora_up.weight"), factors.b.clone());
+        file.tensors
+            .insert(format!("{name}.alpha"), Host::scalar(adapter.alpha as f32));
+    }
+    file
+}
+
+/// ΔW by kohya's module name.
+pub(super) fn read_kohya(file: &TensorFile) -> BTreeMap<String, Vec<f64>> {
+    read_pairs(file, "", ".lora_down.weight", ".lora_up.weight", |name| {
+        let rank = file
+            .tensors
+            .get(&format!("{name}.lora_down.weight"))
+            .and_then(|t| t.shape.first().copied());
+        let alpha = file
+            .tensors
+            .get(&format!("{name}.alpha"))
+            .and_then(|t| t.values.first().copied());
+        match (alpha, rank) {
+            (Some(alpha), Some(rank)) => f64::from(alpha) / rank as f64,
+            _ => f64::NAN,
+        }
+    })
+}
+
+fn read_pairs(
+    file: &TensorFile,
+    prefix: &str,
+    a_suffix: &str,
+    b_suffix: &str,
+    scale: impl Fn(&str) -> f64,
+) -> BTreeMap<String, Vec<f64>> {
+    let mut modules = BTreeMap::new();
+    for (key, a) in &file.tensors {
+        let Some(name) = key.strip_suffix(a_suffix) else {
+            continue;
+        };
+        let Some(b) = file.tensors.get(&format!("{name}{b_suffix}")) else {
+            continue;
+        };
+        let module = name.strip_prefix(prefix).unwrap_or(name);
+        modules.insert(module.to_owned(), delta(a, b, scale(name)));
+    }
+    modules
+}

@@ -1,0 +1,232 @@
+//! The base pipeline with the adapter merged into the UNet, as a zip of a diffusers folder that loads by itself.
+//!
+//! Streams: one tensor is in memory at a time. Every file of the base is copied byte for byte, except UNet weights, whose
+//! adapted tensors become `W + ΔW`, summed in f64 and rounded once to the dtype they had.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, File},
+    io::{BufReader, BufWriter, Read, Write},
+    path::{Path, PathBuf},
+};
+
+use half::{bf16, f16};
+use lorad_proto::problem::Problem;
+use serde_json::{Map, Value};
+use walkdir::WalkDir;
+use zip::ZipWriter;
+
+use super::{
+    adapter::{HostAdapter, delta},
+    zip_error, zip_options,
+};
+use crate::{Result, TrainError};
+
+/// What was merged: for the receipt.
+#[derive(Debug, Default)]
+pub(super) struct Merged {
+    /// Archive entries with UNet weights, each with its merged tensors' bytes hashed.
+    pub(super) modules: BTreeSet<String>,
+    /// SHA-256 of the data section of each UNet weight entry, as computed while writing.
+    pub(super) entries: BTreeMap<String, String>,
+    /// Dtypes of merged tensors.
+    pub(super) dtypes: BTreeSet<String>,
+}
+
+/// Writes the archive.
+///
+/// # Errors
+/// A base that changed since the job began (a module without its weight), or files that cannot be read or written.
+pub(super) fn write(out: &mut File, base: &Path, adapter: &HostAdapter) -> Result<Merged> {
+    let mut zip = ZipWriter::new(BufWriter::new(out));
+    let mut merged = Merged::default();
+    for (from, name) in pipeline_files(base)? {
+        zip.start_file(name.as_str(), zip_options()).map_err(zip_error(&from))?;
+        if name.starts_with("unet/") && name.ends_with(".safetensors") {
+            let hash = merge_weights(&from, &mut zip, adapter, &mut merged)?;
+            merged.entries.insert(name, hash);
+        } else if name.ends_with(".index.json") {
+            let text = fs::read_to_string(&from).map_err(TrainError::io("read", &from))?;
+            zip.write_all(plain_name(&text).as_bytes())
+                .map_err(TrainError::io("pack", &from))?;
+        } else {
+            let mut file = File::open(&from).map_err(TrainError::io("read", &from))?;
+            std::io::copy(&mut file, &mut zip).map_err(TrainError::io("pack", &from))?;
+        }
+    }
+    let missing: Vec<&String> = adapter
+        .modules
+        .keys()
+        .filter(|m| !merged.modules.contains(*m))
+        .collect();
+    if let Some(first) = missing.first() {
+        return Err(Problem::new(
+            "export.base_changed",
+            "The base model changed while the job ran",
+            format!(
+                "{} modules have no weight in {} any more, among them {first}.",
+                missing.len(),
+                base.display()
+            ),
+        )
+        .into());
+    }
+    let mut buffer = zip.finish().map_err(zip_error(base))?;
+    buffer.flush().map_err(TrainError::io("write", base))?;
+    Ok(merged)
+}
+
+/// Names without the `fp16` variant: a folder that holds only that variant then loads without being told so.
+fn plain_name(name: &str) -> String {
+    name.replace(".fp16", "")
+}
+
+/// Files of the pipeline with their names in the archive, sorted. Left out: pickles, single-file checkpoints at the top,
+/// hidden files, and a variant beside the full weights.
+fn pipeline_files(base: &Path) -> Result<Vec<(PathBuf, String)>> {
+    let mut files = BTreeMap::new();
+    for entry in WalkDir::new(base).sort_by_file_name() {
+        let entry = entry.map_err(|e| TrainError::io("list", base)(e.into()))?;
+        if !entry.path().is_file() {
+            continue;
+        }
+        let Ok(relative) = entry.path().strip_prefix(base) else {
+            continue;
+        };
+        let Some(name) = relative.to_str().map(|n| n.replace('\\', "/")) else {
+            continue;
+        };
+        let hidden = name.split('/').any(|part| part.starts_with('.'));
+        let pickle = [".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5"]
+            .iter()
+            .any(|ext| name.ends_with(ext));
+        let top_weights = !name.contains('/') && name.ends_with(".safetensors");
+        if hidden || pickle || top_weights {
+            continue;
+        }
+        let plain = plain_name(&name);
+        // The full weights win over the variant, whichever comes first.
+        if plain == name || !files.contains_key(&plain) && !base.join(&plain).is_file() {
+            files.insert(plain, entry.path().to_owned());
+        }
+    }
+    Ok(files.into_iter().map(|(name, path)| (path, name)).collect())
+}
+
+struct Stored {
+    key: String,
+    dtype: String,
+    shape: Vec<usize>,
+    begin: u64,
+    bytes: usize,
+}
+
+/// Copies one safetensors file tensor by tensor, merging. Returns the SHA-256 of what was written, header included.
+fn merge_weights(from: &Path, out: &mut impl Write, adapter: &HostAdapter, merged: &mut Merged) -> Result<String> {
+    use sha2::Digest;
+    let mut file = BufReader::new(File::open(from).map_err(TrainError::io("read", from))?);
+    let mut hasher = sha2::Sha256::new();
+    let (header, tensors) = read_header(from, &mut file)?;
+    let mut write = |bytes: &[u8]| {
+        hasher.update(bytes);
+        out.write_all(bytes).map_err(TrainError::io("pack", from))
+    };
+    write(&header)?;
+    let mut position = 0;
+    for stored in tensors {
+        if stored.begin != position {
+            return Err(unreadable(from, &format!("{} does not follow the tensor before it", stored.key)).into());
+        }
+        position += stored.bytes as u64;
+        let mut bytes = vec![0; stored.bytes];
+        file.read_exact(&mut bytes).map_err(TrainError::io("read", from))?;
+        let module = stored.key.strip_suffix(".weight").map(|m| format!("unet.{m}"));
+        if let Some((module, factors)) = module.and_then(|m| adapter.modules.get(&m).map(|f| (m, f))) {
+            let delta = delta(&factors.a, &factors.b, adapter.scale());
+            if delta.len() != stored.shape.iter().product::<usize>() {
+                return Err(unreadable(
+                    from,
+                    &format!("{} has another shape than when the job began", stored.key),
+                )
+                .into());
+            }
+            add(&mut bytes, &stored.dtype, &delta)
+                .ok_or_else(|| unreadable(from, &format!("{} is of type {}", stored.key, stored.dtype)))?;
+            merged.modules.insert(module);
+            merged.dtypes.insert(stored.dtype);
+        }
+        write(&bytes)?;
+    }
+    Ok(hex::encode(hasher.finalize()))
+}
+
+/// Adds `delta` to the values behind `bytes`, rounding once. `None`: not a float type.
+fn add(bytes: &mut [u8], dtype: &str, delta: &[f64]) -> Option<()> {
+    let width = match dtype {
+        "F16" | "BF16" => 2,
+        "F32" => 4,
+        _ => return None,
+    };
+    for (value, d) in bytes.chunks_exact_mut(width).zip(delta) {
+        match dtype {
+            "F16" => {
+                let w = f16::from_le_bytes([value[0], value[1]]).to_f64();
+                value.copy_from_slice(&f16::from_f64(w + d).to_le_bytes());
+            }
+            "BF16" => {
+                let w = bf16::from_le_bytes([value[0], value[1]]).to_f64();
+                value.copy_from_slice(&bf16::from_f64(w + d).to_le_bytes());
+            }
+            _ => {
+                let w = f64::from(f32::from_le_bytes([value[0], value[1], value[2], value[3]]));
+                value.copy_from_slice(&((w + d) as f32).to_le_bytes());
+            }
+        }
+    }
+    Some(())
+}
+
+/// The header's raw bytes (length included) and its tensors in order of offset.
+fn read_header(path: &Path, file: &mut impl Read) -> Result<(Vec<u8>, Vec<Stored>)> {
+    let mut raw = vec![0; 8];
+    file.read_exact(&mut raw).map_err(TrainError::io("read", path))?;
+    let mut length = [0; 8];
+    length.copy_from_slice(&raw);
+    let length = u64::from_le_bytes(length);
+    if length > 100_000_000 {
+        return Err(unreadable(path, "its header is longer than the format allows").into());
+    }
+    let mut json = vec![0; length as usize];
+    file.read_exact(&mut json).map_err(TrainError::io("read", path))?;
+    let header: Map<String, Value> = serde_json::from_slice(&json).map_err(|e| unreadable(path, &e.to_string()))?;
+    let mut tensors = Vec::new();
+    for (key, entry) in header.iter().filter(|(key, _)| *key != "__metadata__") {
+        let parsed = || -> Option<Stored> {
+            let offset = |i: usize| entry["data_offsets"][i].as_u64();
+            Some(Stored {
+                key: key.clone(),
+                dtype: entry["dtype"].as_str()?.to_owned(),
+                shape: entry["shape"]
+                    .as_array()?
+                    .iter()
+                    .map(|d| d.as_u64().map(|d| d as usize))
+                    .collect::<Option<_>>()?,
+                begin: offset(0)?,
+                bytes: usize::try_from(offset(1)?.checked_sub(offset(0)?)?).ok()?,
+            })
+        };
+        tensors.push(parsed().ok_or_else(|| unreadable(path, &format!("the header's entry {key} is not valid")))?);
+    }
+    tensors.sort_by_key(|t| t.begin);
+    raw.extend_from_slice(&json);
+    Ok((raw, tensors))
+}
+
+fn unreadable(path: &Path, what: &str) -> Problem {
+    Problem::new(
+        "base_model.unreadable_file",
+        "A weight file of the base model cannot be read",
+        format!("{}: {what}", path.display()),
+    )
+    .with_hint("Is the download complete, and unchanged since the job began?")
+}

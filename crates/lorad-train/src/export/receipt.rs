@@ -1,0 +1,182 @@
+//! The proof that goes with the results: each file is read back from disk by its own format's rules, ΔW of every module
+//! is rebuilt from it, and compared with the adapter that was trained.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, File},
+    io::{Cursor, Read},
+    path::Path,
+};
+
+use lorad_proto::{event::ResultFile, problem::Problem};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use zip::ZipArchive;
+
+use super::{
+    adapter::{HostAdapter, delta, relative_error},
+    formats,
+    merged::Merged,
+    tensors::TensorFile,
+    zip_error,
+};
+use crate::{Result, TrainError};
+
+/// f32 storage of B times a scale: rounding of one product. More is a wrong file.
+const MAX_RELATIVE_ERROR: f64 = 1e-6;
+
+/// What reading one file back showed.
+#[derive(Debug)]
+pub(super) struct Check {
+    file: ResultFile,
+    keys: Vec<String>,
+    n_modules: usize,
+    max_relative_error: f64,
+    extra: Value,
+}
+
+pub(super) fn check_diffusers(dir: &Path, file: &ResultFile, adapter: &HostAdapter) -> Result<Check> {
+    let stored = read(dir, file)?;
+    let found = formats::read_diffusers(&stored);
+    compare(file, &stored, found, adapter, str::to_owned, 2)
+}
+
+pub(super) fn check_kohya(dir: &Path, file: &ResultFile, adapter: &HostAdapter) -> Result<Check> {
+    let stored = read(dir, file)?;
+    let found = formats::read_kohya(&stored);
+    compare(file, &stored, found, adapter, formats::kohya_name, 3)
+}
+
+pub(super) fn check_peft(dir: &Path, file: &ResultFile, adapter: &HostAdapter) -> Result<Check> {
+    let path = dir.join(&file.name);
+    let bytes = fs::read(&path).map_err(TrainError::io("read", &path))?;
+    let mut zip = ZipArchive::new(Cursor::new(bytes)).map_err(zip_error(&path))?;
+    let mut entry = |name: &str| -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        zip.by_name(name)
+            .map_err(zip_error(&path))?
+            .read_to_end(&mut bytes)
+            .map_err(TrainError::io("read", &path))?;
+        Ok(bytes)
+    };
+    let config: Value = serde_json::from_slice(&entry("adapter_config.json")?)
+        .map_err(|e| wrong(file, &format!("adapter_config.json: {e}")))?;
+    let stored = TensorFile::from_bytes(&file.name, &entry("adapter_model.safetensors")?)?;
+    let found = formats::read_peft(&stored, &config);
+    compare(file, &stored, found, adapter, str::to_owned, 2)
+}
+
+/// Every entry of the merged archive reads back (its checksum holds), and the UNet's weights are the bytes that were
+/// computed.
+pub(super) fn check_merged(path: &Path, file: &ResultFile, merged: &Merged) -> Result<Check> {
+    let archive = File::open(path).map_err(TrainError::io("read", path))?;
+    let mut zip = ZipArchive::new(archive).map_err(zip_error(path))?;
+    let mut keys = Vec::new();
+    let mut buffer = vec![0; 1 << 20];
+    for i in 0..zip.len() {
+        let mut entry = zip.by_index(i).map_err(zip_error(path))?;
+        let name = entry.name().map_err(zip_error(path))?.into_owned();
+        let mut hasher = Sha256::new();
+        loop {
+            let n = entry.read(&mut buffer).map_err(TrainError::io("read", path))?;
+            if n == 0 {
+                break;
+            }
+            hasher.update(&buffer[..n]);
+        }
+        if let Some(expected) = merged.entries.get(&name)
+            && hex::encode(hasher.finalize()) != *expected
+        {
+            return Err(wrong(file, &format!("{name} differs from what was written")).into());
+        }
+        keys.push(name);
+    }
+    if let Some(lost) = merged.entries.keys().find(|name| !keys.contains(name)) {
+        return Err(wrong(file, &format!("{lost} is missing")).into());
+    }
+    Ok(Check {
+        file: file.clone(),
+        keys,
+        n_modules: merged.modules.len(),
+        max_relative_error: 0.0,
+        extra: json!({"dtypes": merged.dtypes}),
+    })
+}
+
+/// `receipt.json`.
+pub(super) fn document(adapter: &HostAdapter, steps: u64, checks: &[Check]) -> Value {
+    json!({
+        "version": 1,
+        "adapter": {
+            "steps": steps, "rank": adapter.rank, "alpha": formats::number(adapter.alpha),
+            "modules": adapter.modules.keys().collect::<Vec<_>>(),
+        },
+        "max_relative_error_allowed": MAX_RELATIVE_ERROR,
+        "files": checks.iter().map(|c| {
+            let mut entry = json!({
+                "name": c.file.name, "kind": c.file.kind, "bytes": c.file.bytes, "sha256": c.file.sha256,
+                "modules_matched": c.n_modules, "max_relative_error": c.max_relative_error, "keys": c.keys,
+            });
+            if let (Value::Object(entry), Value::Object(extra)) = (&mut entry, &c.extra) {
+                entry.extend(extra.clone());
+            }
+            entry
+        }).collect::<Vec<_>>(),
+    })
+}
+
+fn read(dir: &Path, file: &ResultFile) -> Result<TensorFile> {
+    let path = dir.join(&file.name);
+    let bytes = fs::read(&path).map_err(TrainError::io("read", &path))?;
+    TensorFile::from_bytes(&file.name, &bytes)
+}
+
+/// Compares ΔW module by module. `name` is how this format calls a module; `tensors_per_module` how many keys it has.
+fn compare(
+    file: &ResultFile,
+    stored: &TensorFile,
+    found: BTreeMap<String, Vec<f64>>,
+    adapter: &HostAdapter,
+    name: impl Fn(&str) -> String,
+    tensors_per_module: usize,
+) -> Result<Check> {
+    let expected: BTreeSet<String> = adapter.modules.keys().map(|m| name(m)).collect();
+    let found_names: BTreeSet<String> = found.keys().cloned().collect();
+    if expected.len() != adapter.modules.len() {
+        return Err(wrong(file, "two modules share one name in this format").into());
+    }
+    if let Some(lost) = expected.difference(&found_names).next() {
+        return Err(wrong(file, &format!("module {lost} is missing")).into());
+    }
+    if let Some(foreign) = found_names.difference(&expected).next() {
+        return Err(wrong(file, &format!("module {foreign} is not part of the adapter")).into());
+    }
+    if stored.tensors.len() != tensors_per_module * adapter.modules.len() {
+        return Err(wrong(file, &format!("it holds {} tensors", stored.tensors.len())).into());
+    }
+    let mut worst = 0.0_f64;
+    for (module, factors) in &adapter.modules {
+        let error = relative_error(&found[&name(module)], &delta(&factors.a, &factors.b, adapter.scale()));
+        // Written so that a NaN is refused too.
+        if !(error <= MAX_RELATIVE_ERROR) {
+            return Err(wrong(file, &format!("ΔW of {module} differs by {error:.1e} relative")).into());
+        }
+        worst = worst.max(error);
+    }
+    Ok(Check {
+        file: file.clone(),
+        keys: stored.tensors.keys().cloned().collect(),
+        n_modules: adapter.modules.len(),
+        max_relative_error: worst,
+        extra: json!({}),
+    })
+}
+
+fn wrong(file: &ResultFile, what: &str) -> Problem {
+    Problem::new(
+        "export.mismatch",
+        "A result file does not hold the adapter that was trained",
+        format!("{}: {what}.", file.name),
+    )
+    .with_hint("This is a bug in lorad; the file must not be used. The newest checkpoint holds the adapter.")
+}

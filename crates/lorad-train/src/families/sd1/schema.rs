@@ -1,0 +1,418 @@
+//! The hyperparameters of this family: the one declaration that the API, the form, the command line and the documents
+//! are made from.
+
+use lorad_proto::problem::FieldError;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use crate::{
+    diffusion::schedule::PredictionType,
+    lora::init::LoraInit,
+    schema::{Field, Group, Kind},
+};
+
+const fn field(
+    name: &'static str,
+    kind: Kind,
+    default: &'static str,
+    unit: &'static str,
+    group: Group,
+    effect: &'static str,
+) -> Field {
+    Field {
+        name,
+        kind,
+        default,
+        unit,
+        group,
+        effect,
+    }
+}
+
+const fn positive(max: f64) -> Kind {
+    Kind::Number {
+        min: 0.0,
+        max,
+        above_min: true,
+    }
+}
+
+const fn not_negative(max: f64) -> Kind {
+    Kind::Number {
+        min: 0.0,
+        max,
+        above_min: false,
+    }
+}
+
+use Group::{Advanced, Basic};
+
+/// In the order of forms and documents.
+pub static FIELDS: &[Field] = &[
+    field(
+        "learning_rate",
+        positive(1.0),
+        "1e-4",
+        "",
+        Basic,
+        "Step size of the optimizer; LoRA takes about ten times that of full fine-tuning.",
+    ),
+    field(
+        "max_train_steps",
+        Kind::Integer {
+            min: 1,
+            max: 10_000_000,
+        },
+        "null",
+        "optimizer steps",
+        Basic,
+        "Length of the run; give this or num_epochs.",
+    ),
+    field(
+        "num_epochs",
+        Kind::Integer { min: 1, max: 1_000_000 },
+        "null",
+        "passes over the data",
+        Basic,
+        "Length of the run; 100 if neither this nor max_train_steps is given.",
+    ),
+    field(
+        "batch_size",
+        Kind::Integer { min: 1, max: 1024 },
+        "1",
+        "pictures",
+        Basic,
+        "Pictures per micro-batch; memory grows with it.",
+    ),
+    field(
+        "gradient_accumulation_steps",
+        Kind::Integer { min: 1, max: 4096 },
+        "1",
+        "micro-batches",
+        Advanced,
+        "Micro-batches per optimizer step: the effect of a larger batch without its memory.",
+    ),
+    field(
+        "lora_rank",
+        Kind::Integer { min: 1, max: 1024 },
+        "8",
+        "",
+        Basic,
+        "Rank of the adapter's matrices: its capacity and its size.",
+    ),
+    field(
+        "lora_alpha",
+        positive(4096.0),
+        "null",
+        "",
+        Basic,
+        "The adapter's output is scaled by lora_alpha / lora_rank; lora_rank if not given.",
+    ),
+    field(
+        "init_lora_weights",
+        Kind::Choice(&["gaussian", "kaiming_uniform"]),
+        "\"gaussian\"",
+        "",
+        Advanced,
+        "How A starts: N(0, 1/rank) as in diffusers, or U(±1/√fan_in) as in kohya; B starts at zero.",
+    ),
+    field(
+        "target_modules",
+        Kind::Targets,
+        "\"attention\"",
+        "",
+        Basic,
+        "Which layers get an adapter: the preset attention (to_q, to_k, to_v, to_out.0) or transformer (also the MLPs and projections), a list of last path parts, or a pattern for whole paths.",
+    ),
+    field(
+        "resolution",
+        Kind::Integer { min: 8, max: 4096 },
+        "null",
+        "pixels",
+        Basic,
+        "Side of the training pictures; the base model's own if not given.",
+    ),
+    field(
+        "center_crop",
+        Kind::Boolean,
+        "false",
+        "",
+        Advanced,
+        "Cut pictures at their centre instead of at random places.",
+    ),
+    field(
+        "random_flip",
+        Kind::Boolean,
+        "false",
+        "",
+        Basic,
+        "Show mirrored pictures half of the time.",
+    ),
+    field(
+        "caption_dropout",
+        Kind::Number {
+            min: 0.0,
+            max: 1.0,
+            above_min: false,
+        },
+        "0.0",
+        "probability",
+        Advanced,
+        "How often a caption is replaced by the empty one, which helps classifier-free guidance.",
+    ),
+    field(
+        "lr_scheduler",
+        Kind::Choice(&["constant", "linear", "cosine"]),
+        "\"constant\"",
+        "",
+        Basic,
+        "Course of the learning rate after the warm-up.",
+    ),
+    field(
+        "lr_warmup_steps",
+        Kind::Integer {
+            min: 0,
+            max: 10_000_000,
+        },
+        "0",
+        "optimizer steps",
+        Advanced,
+        "Steps over which the learning rate rises from 0.",
+    ),
+    field(
+        "weight_decay",
+        not_negative(1.0),
+        "0.01",
+        "",
+        Advanced,
+        "Decoupled weight decay of AdamW, per unit of learning rate.",
+    ),
+    field(
+        "l2_lambda",
+        not_negative(1000.0),
+        "0.0",
+        "",
+        Advanced,
+        "Factor of the explicit penalty λ·‖θ‖² on all adapter weights, added to the loss.",
+    ),
+    field(
+        "adam_beta1",
+        Kind::Number {
+            min: 0.0,
+            max: 0.9999,
+            above_min: false,
+        },
+        "0.9",
+        "",
+        Advanced,
+        "Decay of AdamW's mean of gradients.",
+    ),
+    field(
+        "adam_beta2",
+        Kind::Number {
+            min: 0.0,
+            max: 0.999_999,
+            above_min: false,
+        },
+        "0.999",
+        "",
+        Advanced,
+        "Decay of AdamW's mean of squared gradients.",
+    ),
+    field(
+        "adam_epsilon",
+        positive(1.0),
+        "1e-8",
+        "",
+        Advanced,
+        "Added to the root of AdamW's mean of squared gradients.",
+    ),
+    field(
+        "max_grad_norm",
+        not_negative(1e6),
+        "1.0",
+        "",
+        Advanced,
+        "Gradients are scaled down to this global L2 norm; 0 turns it off.",
+    ),
+    field(
+        "prediction_type",
+        Kind::Choice(&["auto", "epsilon", "v_prediction"]),
+        "\"auto\"",
+        "",
+        Advanced,
+        "What the model predicts; auto reads the base model's scheduler.",
+    ),
+    field(
+        "seed",
+        Kind::Integer { min: 0, max: u64::MAX },
+        "42",
+        "",
+        Advanced,
+        "Seed of every random number of the run.",
+    ),
+    field(
+        "checkpoint_every_steps",
+        Kind::Integer {
+            min: 1,
+            max: 10_000_000,
+        },
+        "100",
+        "optimizer steps",
+        Advanced,
+        "How often everything that a resume needs is written to disk.",
+    ),
+    field(
+        "keep_checkpoints",
+        Kind::Integer { min: 1, max: 1000 },
+        "3",
+        "checkpoints",
+        Advanced,
+        "How many of the newest checkpoints stay on disk.",
+    ),
+];
+
+/// The resolved settings that the task reads; the loop reads its own.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Settings {
+    pub(super) lora_rank: usize,
+    pub(super) lora_alpha: f64,
+    pub(super) init_lora_weights: LoraInit,
+    pub(super) target_modules: Value,
+    pub(super) resolution: u32,
+    pub(super) center_crop: bool,
+    pub(super) random_flip: bool,
+    pub(super) caption_dropout: f64,
+    pub(super) prediction_type: PredictionType,
+    pub(super) seed: u64,
+}
+
+/// Facts of the base that defaults and checks need.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct BaseFacts<'a> {
+    pub(super) resolution: u32,
+    pub(super) prediction_type: &'a str,
+    /// Training pictures' sides must be multiples of it.
+    pub(super) multiple: u64,
+    /// Whether the schedule ends without signal, where epsilon cannot be learned.
+    pub(super) zero_terminal_snr: bool,
+}
+
+/// Checks everything and fills in every default. `num_epochs` stays `null` if `max_train_steps` was given; otherwise the
+/// number of items decides, see [`steps`].
+pub(super) fn resolve(base: BaseFacts<'_>, given: &Map<String, Value>) -> Result<Map<String, Value>, Vec<FieldError>> {
+    let (mut map, mut errors) = match crate::schema::resolve(FIELDS, given) {
+        Ok(map) => (map, Vec::new()),
+        Err(errors) => (Map::new(), errors),
+    };
+    let set = |name: &str| given.get(name).is_some_and(|v| !v.is_null());
+    if set("num_epochs") && set("max_train_steps") {
+        errors.push(FieldError::new(
+            "/num_epochs",
+            "contradiction",
+            "num_epochs and max_train_steps are both given; give one",
+        ));
+    }
+    if let Some(resolution) = given.get("resolution").and_then(Value::as_u64)
+        && !resolution.is_multiple_of(base.multiple)
+    {
+        errors.push(FieldError::new(
+            "/resolution",
+            "not_allowed",
+            format!(
+                "{resolution} is not a multiple of {}, which this base model needs",
+                base.multiple
+            ),
+        ));
+    }
+    if base.zero_terminal_snr && given.get("prediction_type").and_then(Value::as_str) == Some("epsilon") {
+        errors.push(FieldError::new(
+            "/prediction_type",
+            "contradiction",
+            "the base model's schedule ends without signal (rescale_betas_zero_snr); epsilon cannot be learned there",
+        ));
+    }
+    if !errors.is_empty() {
+        return Err(errors);
+    }
+    let mut default = |name: &str, value: Value| {
+        if map.get(name).is_none_or(Value::is_null) {
+            map.insert(name.to_owned(), value);
+        }
+    };
+    default("resolution", json!(base.resolution));
+    if !set("max_train_steps") {
+        default("num_epochs", json!(100));
+    }
+    if map["lora_alpha"].is_null() {
+        map["lora_alpha"] = json!(map["lora_rank"].as_f64());
+    }
+    if map["prediction_type"] == "auto" {
+        map["prediction_type"] = json!(base.prediction_type);
+    }
+    Ok(map)
+}
+
+/// Optimizer steps of resolved hyperparameters over `n_items`: `max_train_steps`, or `num_epochs` times the windows of an
+/// epoch.
+pub(super) fn steps(hyperparameters: &Map<String, Value>, n_items: usize) -> u64 {
+    let number = |name: &str| hyperparameters.get(name).and_then(Value::as_u64);
+    let window = number("batch_size").unwrap_or(1) * number("gradient_accumulation_steps").unwrap_or(1);
+    let per_epoch = (n_items as u64).div_ceil(window.max(1));
+    number("max_train_steps").unwrap_or_else(|| number("num_epochs").unwrap_or(1).saturating_mul(per_epoch))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    const BASE: BaseFacts<'static> = BaseFacts {
+        resolution: 64,
+        prediction_type: "epsilon",
+        multiple: 32,
+        zero_terminal_snr: false,
+    };
+
+    fn resolved(given: Value) -> Result<Map<String, Value>, Vec<FieldError>> {
+        resolve(BASE, given.as_object().unwrap())
+    }
+
+    #[test]
+    fn every_default_is_json_within_its_own_range() {
+        for field in FIELDS {
+            let default: Value = serde_json::from_str(field.default).unwrap();
+            let given: Map<String, Value> = [(field.name.to_owned(), default)].into_iter().collect();
+            assert!(crate::schema::resolve(FIELDS, &given).is_ok(), "{}", field.name);
+            assert!(field.effect.ends_with('.'), "{}", field.name);
+        }
+    }
+
+    #[test]
+    fn nothing_stays_open_but_the_length_that_was_not_chosen() {
+        let map = resolved(json!({"lora_rank": 4})).unwrap();
+        let open: Vec<&String> = map.iter().filter(|(_, v)| v.is_null()).map(|(k, _)| k).collect();
+        assert_eq!(open, ["max_train_steps"]);
+        assert_eq!(
+            (&map["lora_alpha"], &map["resolution"], &map["num_epochs"]),
+            (&json!(4.0), &json!(64), &json!(100))
+        );
+        let map = resolved(json!({"max_train_steps": 7, "lora_alpha": 2})).unwrap();
+        assert_eq!((&map["lora_alpha"], &map["num_epochs"]), (&json!(2.0), &Value::Null));
+    }
+
+    #[test]
+    fn contradictions_and_wrong_sizes_are_refused_together() {
+        let errors =
+            resolved(json!({"num_epochs": 2, "max_train_steps": 3, "resolution": 40, "lora_rank": 0})).unwrap_err();
+        let pointers: Vec<&str> = errors.iter().map(|e| e.pointer.as_str()).collect();
+        assert_eq!(pointers, ["/lora_rank", "/num_epochs", "/resolution"]);
+    }
+
+    #[test]
+    fn epochs_become_steps_with_the_last_window_counted() {
+        let map = resolved(json!({"num_epochs": 3, "batch_size": 4, "gradient_accumulation_steps": 2})).unwrap();
+        assert_eq!(steps(&map, 20), 9);
+        assert_eq!(steps(&resolved(json!({"max_train_steps": 5})).unwrap(), 20), 5);
+    }
+}

@@ -1,0 +1,321 @@
+//! One opened job of this family: the loss, the pictures, the files.
+
+use std::{collections::BTreeMap, path::Path};
+
+use candle_core::{Device, Tensor};
+use image::RgbImage;
+use lorad_proto::{
+    event::ResultFile,
+    problem::Problem,
+    spec::{AttemptSpec, Sampling},
+};
+use sha2::{Digest, Sha256};
+
+use super::{
+    cache::{self, CachedItem, Embeddings},
+    schema::Settings,
+    unet::UNet2DConditionModel,
+    vae::AutoencoderKl,
+    weights::BaseFolder,
+};
+use crate::{
+    Result, data,
+    diffusion::{ddim::Ddim, sample::sample_latents, schedule::NoiseSchedule},
+    export::{self, BaseTraits, ExportJob},
+    lora::{AdapterSet, init},
+    rng::{Purpose, Stream},
+    task::{ExportContext, MicroBatch, Prompt, Reporter, Task},
+};
+
+/// Pictures drawn at a time; with guidance the UNet sees twice as many.
+const SAMPLE_BATCH: usize = 8;
+
+/// Mean squared error of the UNet's prediction, all in f32.
+///
+/// # Shapes
+/// `latents`, `noise` (b, c, h, w), latents scaled; `timesteps`: b values; `encoder_hidden_states` (b, l, d) -> ().
+///
+/// # Errors
+/// If shapes do not fit.
+///
+/// # Source
+/// Ho et al. 2020, eq. 14; diffusers v0.42.1 `examples/text_to_image/train_text_to_image_lora.py`.
+pub fn denoising_loss(
+    unet: &UNet2DConditionModel,
+    schedule: &NoiseSchedule,
+    latents: &Tensor,
+    noise: &Tensor,
+    timesteps: &[u32],
+    encoder_hidden_states: &Tensor,
+) -> candle_core::Result<Tensor> {
+    let noisy = schedule.add_noise(latents, noise, timesteps)?;
+    let target = schedule.target(latents, noise, timesteps)?;
+    let t = Tensor::new(timesteps, latents.device())?;
+    let prediction = unet.forward(&noisy, &t, encoder_hidden_states)?;
+    (prediction - target)?.sqr()?.mean_all()
+}
+
+/// A job: frozen UNet, adapters, cached data.
+pub(super) struct Sd1Task {
+    base: BaseFolder,
+    settings: Settings,
+    adapters: AdapterSet,
+    unet: UNet2DConditionModel,
+    /// Kept for the decoder, if the job draws pictures.
+    vae: Option<AutoencoderKl>,
+    scaling_factor: f64,
+    schedule: NoiseSchedule,
+    items: Vec<CachedItem>,
+    embeddings: Embeddings,
+    fingerprints: BTreeMap<String, String>,
+    device: Device,
+}
+
+impl Sd1Task {
+    pub(super) fn open(spec: &AttemptSpec, device: &Device, reporter: &dyn Reporter) -> Result<Self> {
+        let settings: Settings = serde_json::from_value(spec.hyperparameters.clone().into()).map_err(|e| {
+            Problem::new(
+                "spec.unresolved",
+                "The job's settings are incomplete",
+                format!("hyperparameters: {e}"),
+            )
+        })?;
+        let base = BaseFolder::open(&spec.base_model.path)?;
+        base.check()?;
+        let schedule =
+            NoiseSchedule::from_config(&base.scheduler_config())?.with_prediction_type(settings.prediction_type);
+        let items = data::read_items(&spec.dataset.path)?;
+        let fingerprints = BTreeMap::from([
+            ("base model".to_owned(), base_fingerprint(&base)?),
+            ("dataset".to_owned(), data::dataset_fingerprint(&items)),
+        ]);
+        reporter.check_stop()?;
+
+        // Each model is dropped before the next one is loaded; the UNet, the largest, comes last.
+        let sampling = &spec.sampling;
+        let mut texts: Vec<String> = items.iter().map(|item| item.caption.clone()).collect();
+        if settings.caption_dropout > 0.0 {
+            texts.push(String::new());
+        }
+        if !sampling.prompts.is_empty() {
+            texts.push(sampling.negative_prompt.clone());
+            texts.extend(sampling.prompts.iter().cloned());
+        }
+        let embeddings = cache::embed(&base, texts, device, reporter)?;
+        let vae = AutoencoderKl::load(&base, device)?;
+        let scaling_factor = vae.scaling_factor();
+        let items = cache::encode(
+            &vae,
+            items,
+            &spec.dataset.path.join("files"),
+            &settings,
+            device,
+            reporter,
+        )?;
+        let vae = (!sampling.prompts.is_empty()).then(|| vae.without_encoder());
+
+        let adapters = fresh_adapters(&base, &settings, device)?;
+        let unet = UNet2DConditionModel::load(&base, device, &adapters)?;
+        Ok(Self {
+            base,
+            settings,
+            adapters,
+            unet,
+            vae,
+            scaling_factor,
+            schedule,
+            items,
+            embeddings,
+            fingerprints,
+            device: device.clone(),
+        })
+    }
+
+    fn embedding(&self, text: &str) -> Result<&Tensor> {
+        self.embeddings.get(text).ok_or_else(|| {
+            Problem::new(
+                "prompt.unknown",
+                "A prompt was not prepared",
+                format!("{text:?} is not among the job's prompts."),
+            )
+            .into()
+        })
+    }
+
+    /// The scaled latents, noise, timesteps and embeddings of a micro-batch.
+    fn inputs(&self, batch: &MicroBatch) -> Result<(Tensor, Tensor, Vec<u32>, Tensor)> {
+        let seed = self.settings.seed;
+        let (mut latents, mut noises, mut timesteps, mut texts) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for (&item, &counter) in batch.items.iter().zip(&batch.sample_counters) {
+            let stream = |purpose| Stream::new(seed, purpose, counter);
+            let item = &self.items[item];
+            let variant = stream(Purpose::Variant).below(item.variants.len() as u64) as usize;
+            let posterior = &item.variants[variant];
+            let shape = posterior.mean.shape();
+            let normals = |purpose| Tensor::from_vec(stream(purpose).normals(shape.elem_count()), shape, &self.device);
+            let drawn = (&posterior.mean + (&posterior.std * normals(Purpose::Posterior)?)?)?;
+            latents.push((drawn * self.scaling_factor)?);
+            noises.push(normals(Purpose::Noise)?);
+            timesteps.push(stream(Purpose::Timestep).below(self.schedule.num_train_timesteps() as u64) as u32);
+            let dropped = self.settings.caption_dropout > 0.0
+                && stream(Purpose::CaptionDropout).uniform() < self.settings.caption_dropout;
+            texts.push(self.embedding(if dropped { "" } else { &item.caption })?.clone());
+        }
+        Ok((
+            Tensor::stack(&latents, 0)?,
+            Tensor::stack(&noises, 0)?,
+            timesteps,
+            Tensor::stack(&texts, 0)?,
+        ))
+    }
+}
+
+/// Adapters at their start for the modules that the settings choose.
+fn fresh_adapters(base: &BaseFolder, settings: &Settings, device: &Device) -> Result<AdapterSet> {
+    let mut adapters = AdapterSet::default();
+    for module in super::selected_modules(base, &settings.target_modules)? {
+        let path = format!("unet.{}", module.path);
+        let adapter = init::fresh(
+            &path,
+            module.kind,
+            settings.lora_rank,
+            settings.lora_alpha,
+            settings.init_lora_weights,
+            settings.seed,
+            device,
+        )?;
+        adapters.modules.insert(path, adapter);
+    }
+    Ok(adapters)
+}
+
+/// A hash of the names, shapes and lengths of the base's tensors and of a few values of each: enough to notice that another
+/// model lies in the folder, without reading gigabytes at every resume.
+fn base_fingerprint(base: &BaseFolder) -> Result<String> {
+    let mut hasher = Sha256::new();
+    for (name, shape, start) in base.tensor_index()? {
+        hasher.update(name.as_bytes());
+        hasher.update(format!("{shape:?}").as_bytes());
+        hasher.update(&start);
+    }
+    Ok(hex::encode(hasher.finalize()))
+}
+
+impl Task for Sd1Task {
+    fn adapters(&self) -> &AdapterSet {
+        &self.adapters
+    }
+
+    fn n_items(&self) -> usize {
+        self.items.len()
+    }
+
+    fn fingerprints(&self) -> BTreeMap<String, String> {
+        self.fingerprints.clone()
+    }
+
+    fn loss(&self, batch: &MicroBatch) -> Result<Tensor> {
+        let (latents, noise, timesteps, texts) = self.inputs(batch)?;
+        Ok(denoising_loss(
+            &self.unet,
+            &self.schedule,
+            &latents,
+            &noise,
+            &timesteps,
+            &texts,
+        )?)
+    }
+
+    fn sample(
+        &self,
+        prompts: &[Prompt],
+        sampling: &Sampling,
+        with_adapter: bool,
+        on_progress: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Vec<RgbImage>> {
+        let Some(vae) = &self.vae else { return Ok(Vec::new()) };
+        let ddim = Ddim::new(&self.schedule, sampling.num_inference_steps as usize)?;
+        let negative = self.embedding(&sampling.negative_prompt)?.unsqueeze(0)?;
+        let side = self.settings.resolution as usize / self.base.vae.downscale();
+        let shape = (self.base.unet.in_channels, side, side);
+        let n = shape.0 * side * side;
+        self.unet.set_adapters_enabled(with_adapter);
+        let mut draw = || {
+            let mut pictures = Vec::with_capacity(prompts.len());
+            for batch in prompts.chunks(SAMPLE_BATCH) {
+                let mut noise = Vec::with_capacity(batch.len());
+                let mut positive = Vec::with_capacity(batch.len());
+                for prompt in batch {
+                    let values = Stream::new(prompt.seed, Purpose::Sample, 0).normals(n);
+                    noise.push(Tensor::from_vec(values, shape, &self.device)?);
+                    positive.push(self.embedding(&prompt.text)?.clone());
+                }
+                let mut stopped = None;
+                let latents = sample_latents(
+                    &ddim,
+                    &Tensor::stack(&noise, 0)?,
+                    &Tensor::stack(&positive, 0)?,
+                    &negative,
+                    sampling.guidance_scale,
+                    &|latents, t, texts| self.unet.forward(latents, t, texts),
+                    &mut |_, _| match on_progress() {
+                        Ok(()) => Ok(()),
+                        Err(e) => {
+                            stopped = Some(e);
+                            candle_core::bail!("stopped")
+                        }
+                    },
+                );
+                if let Some(e) = stopped {
+                    return Err(e);
+                }
+                for picture in vae.decode(&latents?)?.chunk(batch.len(), 0)? {
+                    pictures.push(to_rgb(&picture.squeeze(0)?)?);
+                }
+            }
+            Ok(pictures)
+        };
+        let pictures = draw();
+        self.unet.set_adapters_enabled(true);
+        pictures
+    }
+
+    fn export(&self, dir: &Path, context: &ExportContext<'_>) -> Result<Vec<ResultFile>> {
+        let base = BaseTraits {
+            dir: self.base.dir.clone(),
+            is_v2: self.base.unet.cross_attention_dim >= 1024,
+            v_prediction: self.schedule.prediction_type().as_str() == "v_prediction",
+            resolution: self.settings.resolution,
+            n_items: self.items.len(),
+        };
+        export::write_results(
+            dir,
+            &ExportJob {
+                adapters: &self.adapters,
+                context,
+                base,
+            },
+        )
+    }
+}
+
+/// From about [-1, 1] to 8 bits.
+///
+/// # Source
+/// diffusers v0.42.1 `image_processor.py` (`denormalize`, `numpy_to_pil`).
+fn to_rgb(picture: &Tensor) -> Result<RgbImage> {
+    let (_, h, w) = picture.dims3()?;
+    let values = picture.permute((1, 2, 0))?.flatten_all()?.to_vec1::<f32>()?;
+    let bytes = values
+        .into_iter()
+        .map(|v| ((v * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8)
+        .collect();
+    RgbImage::from_raw(w as u32, h as u32, bytes).ok_or_else(|| {
+        Problem::new(
+            "sample.failed",
+            "A picture could not be made",
+            format!("{w} x {h} pixels of three channels"),
+        )
+        .into()
+    })
+}

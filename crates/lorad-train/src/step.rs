@@ -1,0 +1,278 @@
+//! One optimizer step: gradients of its micro-batches, clipping, AdamW. The only reader of device values per step.
+//! Called by [`crate::run`]; knows no task and no file.
+
+use candle_core::{Tensor, backprop::GradStore};
+use lorad_proto::problem::Problem;
+
+use crate::{
+    Result,
+    lora::AdapterSet,
+    optim::{AdamW, AdamWConfig},
+};
+
+/// Settings of a step that do not change during a run.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepConfig {
+    /// The optimizer's.
+    pub adamw: AdamWConfig,
+    /// Gradients are scaled down to this global L2 norm; 0: never.
+    pub max_grad_norm: f64,
+    /// λ of the explicit term `λ ‖θ‖²` over all adapter tensors.
+    pub l2_lambda: f64,
+}
+
+/// What a step did.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepOutcome {
+    /// Mean loss over the step's samples, plus the explicit penalty.
+    pub loss: f64,
+    /// The explicit penalty alone.
+    pub l2_penalty: f64,
+    /// Global L2 norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// `false`: something was not finite, and no parameter was changed.
+    pub applied: bool,
+}
+
+/// Takes optimizer steps on one adapter.
+#[derive(Debug)]
+pub struct Stepper {
+    /// The optimizer; its state goes into checkpoints.
+    pub optimizer: AdamW,
+    config: StepConfig,
+}
+
+impl Stepper {
+    /// # Errors
+    /// If the adapter is empty.
+    pub fn new(adapters: &AdapterSet, config: StepConfig) -> Result<Self> {
+        Ok(Self {
+            optimizer: AdamW::new(adapters.named_vars(), config.adamw)?,
+            config,
+        })
+    }
+
+    /// One step at learning rate `lr`.
+    ///
+    /// Each micro-batch comes as its mean loss (a tracked scalar) and its share of the step's samples; the shares add up
+    /// to 1. So a last, smaller window counts for what it really holds. A micro-batch's graph is gone before the next
+    /// one is asked for.
+    ///
+    /// # Errors
+    /// `gradients.missing` if an adapter tensor has no gradient; otherwise what the iterator says.
+    pub fn step(
+        &mut self,
+        lr: f64,
+        micro_batches: impl IntoIterator<Item = Result<(Tensor, f64)>>,
+    ) -> Result<StepOutcome> {
+        let mut gradient: Option<Tensor> = None;
+        let mut loss: Option<Tensor> = None;
+        for micro_batch in micro_batches {
+            let (micro_loss, share) = micro_batch?;
+            let scaled = (micro_loss * share)?;
+            let part = self.flat_gradient(&scaled.backward()?)?;
+            gradient = Some(match gradient {
+                None => part,
+                Some(sum) => (sum + part)?,
+            });
+            let part = scaled.detach();
+            loss = Some(match loss {
+                None => part,
+                Some(sum) => (sum + part)?,
+            });
+        }
+        let (Some(mut gradient), Some(loss)) = (gradient, loss) else {
+            return Err(Problem::new("step.empty", "A step without samples", "The data order gave no sample.").into());
+        };
+        let parameters = self.optimizer.flat_parameters()?;
+        let lambda = self.config.l2_lambda;
+        if lambda > 0.0 {
+            gradient = (gradient + (&parameters * (2.0 * lambda))?)?;
+        }
+        // The one device-to-host read of the step.
+        let figures = Tensor::stack(
+            &[
+                loss.reshape(())?,
+                gradient.sqr()?.sum_all()?,
+                parameters.sqr()?.sum_all()?,
+            ],
+            0,
+        )?
+        .to_vec1::<f32>()?;
+        let l2_penalty = if lambda > 0.0 {
+            lambda * f64::from(figures[2])
+        } else {
+            0.0
+        };
+        let mut outcome = StepOutcome {
+            loss: f64::from(figures[0]) + l2_penalty,
+            l2_penalty,
+            grad_norm: f64::from(figures[1]).sqrt(),
+            applied: false,
+        };
+        if outcome.loss.is_finite() && outcome.grad_norm.is_finite() {
+            let factor = clip_factor(outcome.grad_norm, self.config.max_grad_norm);
+            let gradient = if factor < 1.0 { (gradient * factor)? } else { gradient };
+            self.optimizer.step(&gradient, lr)?;
+            outcome.applied = true;
+        }
+        Ok(outcome)
+    }
+
+    /// The gradient of every parameter, in the optimizer's order, detached.
+    fn flat_gradient(&self, grads: &GradStore) -> Result<Tensor> {
+        let mut parts = Vec::with_capacity(self.optimizer.vars().len());
+        let mut missing = Vec::new();
+        for (name, var) in self.optimizer.vars() {
+            match grads.get(var) {
+                Some(g) => parts.push(g.detach().flatten_all()?),
+                None => missing.push(name.as_str()),
+            }
+        }
+        if !missing.is_empty() {
+            return Err(missing_gradients(&missing));
+        }
+        Ok(Tensor::cat(&parts, 0)?)
+    }
+}
+
+/// What gradients are multiplied by.
+///
+/// # Source
+/// torch 2.15 `nn/utils/clip_grad.py`, `clip_grads_with_norm_`.
+pub fn clip_factor(norm: f64, max_norm: f64) -> f64 {
+    if max_norm > 0.0 {
+        (max_norm / (norm + 1e-6)).min(1.0)
+    } else {
+        1.0
+    }
+}
+
+/// The adapter tensors that the loss does not reach.
+pub(crate) fn missing_gradients(names: &[&str]) -> crate::TrainError {
+    let shown: Vec<&str> = names.iter().copied().take(3).collect();
+    Problem::new(
+        "gradients.missing",
+        "Part of the adapter would not train",
+        format!(
+            "{} adapter tensors get no gradient, e.g. {}.",
+            names.len(),
+            shown.join(", ")
+        ),
+    )
+    .with_hint("This is a bug in lorad; the job was stopped before it wasted time. Please report it.")
+    .into()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use candle_core::{Device, Var};
+
+    use super::*;
+    use crate::lora::Adapter;
+
+    fn adapters() -> AdapterSet {
+        let var = |values: &[[f32; 2]; 2]| Var::from_tensor(&Tensor::new(values, &Device::Cpu).unwrap()).unwrap();
+        let mut set = AdapterSet::default();
+        let adapter = Adapter {
+            a: var(&[[1.0, 2.0], [3.0, 4.0]]),
+            b: var(&[[0.5, 0.0], [0.0, 0.5]]),
+            rank: 2,
+            alpha: 2.0,
+        };
+        set.modules.insert("m".to_owned(), adapter);
+        set
+    }
+
+    fn config() -> StepConfig {
+        StepConfig {
+            adamw: AdamWConfig {
+                beta1: 0.9,
+                beta2: 0.999,
+                epsilon: 1e-8,
+                weight_decay: 0.0,
+            },
+            max_grad_norm: 0.0,
+            l2_lambda: 0.0,
+        }
+    }
+
+    /// Mean over samples of `(A B x − 1)²`.
+    fn loss(set: &AdapterSet, samples: &[f32]) -> Tensor {
+        let m = &set.modules["m"];
+        let x = Tensor::new(samples, &Device::Cpu)
+            .unwrap()
+            .reshape((1, samples.len()))
+            .unwrap();
+        let x = Tensor::cat(&[&x, &x], 0).unwrap();
+        let y = m.b.as_tensor().matmul(&m.a.as_tensor().matmul(&x).unwrap()).unwrap();
+        (y - 1.0).unwrap().sqr().unwrap().sum(0).unwrap().mean_all().unwrap()
+    }
+
+    fn after(set: &AdapterSet) -> Vec<f32> {
+        set.named_vars()
+            .iter()
+            .flat_map(|(_, v)| v.flatten_all().unwrap().to_vec1::<f32>().unwrap())
+            .collect()
+    }
+
+    fn run(config: StepConfig, parts: &[&[f32]]) -> (Vec<f32>, StepOutcome) {
+        let set = adapters();
+        let n: usize = parts.iter().map(|p| p.len()).sum();
+        let mut stepper = Stepper::new(&set, config).unwrap();
+        let outcome = stepper
+            .step(
+                0.1,
+                parts.iter().map(|p| Ok((loss(&set, p), p.len() as f64 / n as f64))),
+            )
+            .unwrap();
+        (after(&set), outcome)
+    }
+
+    #[test]
+    fn accumulated_micro_batches_of_unequal_size_equal_one_batch() {
+        let (whole, a) = run(config(), &[&[0.1, -0.3, 0.7, 0.2, 0.9]]);
+        let (parts, b) = run(config(), &[&[0.1, -0.3], &[0.7, 0.2], &[0.9]]);
+        assert!((a.loss - b.loss).abs() < 1e-6 && (a.grad_norm - b.grad_norm).abs() < 1e-5);
+        for (x, y) in whole.iter().zip(&parts) {
+            assert!((x - y).abs() < 1e-5, "{whole:?} {parts:?}");
+        }
+    }
+
+    #[test]
+    fn the_penalty_is_lambda_times_the_squared_norm_and_pulls_to_zero() {
+        let norm_squared: f64 = 1.0 + 4.0 + 9.0 + 16.0 + 0.25 + 0.25;
+        let (_, without) = run(config(), &[&[0.1]]);
+        let (_, with) = run(
+            StepConfig {
+                l2_lambda: 0.5,
+                ..config()
+            },
+            &[&[0.1]],
+        );
+        assert!((with.l2_penalty - 0.5 * norm_squared).abs() < 1e-5);
+        assert!((with.loss - without.loss - with.l2_penalty).abs() < 1e-5);
+        assert!(with.grad_norm > without.grad_norm);
+    }
+
+    #[test]
+    fn a_loss_that_is_not_finite_changes_nothing() {
+        let set = adapters();
+        let before = after(&set);
+        let mut stepper = Stepper::new(&set, config()).unwrap();
+        let outcome = stepper.step(0.1, [Ok((loss(&set, &[f32::NAN]), 1.0))]).unwrap();
+        assert!(!outcome.applied && outcome.loss.is_nan());
+        assert_eq!(after(&set), before);
+    }
+
+    #[test]
+    fn a_tensor_that_the_loss_does_not_reach_is_named() {
+        let set = adapters();
+        let mut stepper = Stepper::new(&set, config()).unwrap();
+        let cut = set.modules["m"].a.as_tensor().sum_all().unwrap();
+        let problem = stepper.step(0.1, [Ok((cut, 1.0))]).unwrap_err().into_problem();
+        assert_eq!(problem.code, "gradients.missing");
+        assert!(problem.detail.contains("m.lora_B.weight"));
+    }
+}
