@@ -349,7 +349,7 @@ pub fn ingest(
 
 /// Codes of the inspector are text from another process; only known ones go on.
 fn known_code(code: &str) -> &'static str {
-    const KNOWN: [&str; 12] = [
+    const KNOWN: [&str; 13] = [
         "image.truncated",
         "image.too_large",
         "image.too_small",
@@ -357,6 +357,7 @@ fn known_code(code: &str) -> &'static str {
         "image.unsupported_format",
         "image.animated",
         "image.damaged",
+        "image.undecodable",
         "image.empty",
         "image.decoder_crashed",
         "image.not_checked",

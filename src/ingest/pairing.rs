@@ -4,7 +4,7 @@
 //! (`metadata.jsonl`/`metadata.csv`, names relative to the table's folder).
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fs,
 };
 
@@ -105,8 +105,14 @@ pub(super) fn pair(raw: Vec<RawFile>, limits: &Limits, findings: &mut Findings) 
     }
     let mut orphans: Vec<&RawFile> = by_stem.into_values().flatten().collect();
     orphans.sort_by(|a, b| a.name.cmp(&b.name));
+    // A caption whose picture was refused has lost its partner by that fault, which is named already.
+    let refused: HashSet<String> = findings.refused.iter().map(|(file, ..)| stem_of(file)).collect();
     for orphan in orphans {
         let stem = names::split_extension(&orphan.name).0;
+        if refused.contains(stem) {
+            findings.ok(&orphan.name);
+            continue;
+        }
         let detail = format!("a caption without its picture: no {stem}.png, .jpg or .webp in the upload");
         findings.refuse(&orphan.name, "caption.no_image", detail);
     }
@@ -210,6 +216,10 @@ fn refuse_shared_stems(pictures: &Pictures, findings: &mut Findings) {
     }
 }
 
+fn stem_of(name: &str) -> String {
+    names::split_extension(name).0.to_owned()
+}
+
 /// The folder of a name, with its slash; empty at the top.
 fn parent(name: &str) -> &str {
     name.rfind('/').map_or("", |i| &name[..=i])
@@ -221,6 +231,7 @@ fn read_tables(
     findings: &mut Findings,
 ) -> Result<HashMap<String, (String, Row)>, IngestError> {
     let mut by_picture: HashMap<String, (String, Row)> = HashMap::new();
+    let refused: HashSet<String> = findings.refused.iter().map(|(file, ..)| file.clone()).collect();
     for table in tables {
         let bytes = fs::read(&table.path).map_err(IngestError::io("read", &table.path))?;
         let text = match captions::utf8(&bytes) {
@@ -243,6 +254,8 @@ fn read_tables(
             let line = row.line;
             let picture = names::checked(&row.file_name).map(|name| format!("{}{name}", parent(&table.name)));
             match picture {
+                // Refused before, and named as such.
+                Ok(picture) if refused.contains(&picture) => {}
                 Ok(picture) if !pictures.contains_key(&picture) => faults.push((
                     "metadata.no_image",
                     format!(
