@@ -231,7 +231,7 @@ impl View {
                 self.total = total;
                 self.progress.step(step, total, None, self.steps_per_s);
             }
-            Ok(phase) => self.progress.phase(phase, step, total),
+            Ok(phase) => self.progress.phase(phase, data["done"].as_u64().unwrap_or(0), total),
             Err(_) => {}
         }
     }

@@ -72,10 +72,6 @@ impl Client {
         self.dir.path().join("data")
     }
 
-    pub fn app(&self) -> &lorad::app::App {
-        self.server.as_ref().unwrap().app()
-    }
-
     /// An address on the server; `""`: its origin.
     pub fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.server.as_ref().unwrap().address())

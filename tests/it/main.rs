@@ -1,4 +1,7 @@
-//! The integration tests, in one binary: the real server on a free port, driven over HTTP.
+//! One integration binary: the real server on port 0 with a data directory of its own, driven from outside.
+//!
+//! [`api`], [`safety`] and [`sse`] drive it over HTTP ([`client`]) with archives made in code ([`corpus`]); [`cli`] and
+//! [`readme`] run the binary as a user does.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -8,7 +11,9 @@
 )]
 
 mod api;
+mod cli;
 mod client;
 mod corpus;
+mod readme;
 mod safety;
 mod sse;
