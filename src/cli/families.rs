@@ -97,17 +97,23 @@ fn allowed(schema: &Value) -> String {
             .collect::<Vec<_>>()
             .join(" | ");
     }
-    let low = bound(&schema["minimum"], "≥").or_else(|| bound(&schema["exclusiveMinimum"], ">"));
-    let high = bound(&schema["maximum"], "≤").or_else(|| bound(&schema["exclusiveMaximum"], "<"));
-    let range: Vec<_> = [low, high].into_iter().flatten().collect();
+    let range = match (&schema["minimum"], &schema["maximum"]) {
+        (Value::Number(min), Value::Number(max)) => format!("{min} to {max}"),
+        (min, max) => {
+            let low = bound(min, "≥").or_else(|| bound(&schema["exclusiveMinimum"], ">"));
+            let high = bound(max, "≤").or_else(|| bound(&schema["exclusiveMaximum"], "<"));
+            [low, high].into_iter().flatten().collect::<Vec<_>>().join(", ")
+        }
+    };
     let kind = match &schema["type"] {
         Value::Array(kinds) => kinds.iter().map(text).collect::<Vec<_>>().join(" or "),
+        Value::String(kind) if kind == "array" => "list".to_owned(),
         kind => text(kind),
     };
     if range.is_empty() {
         format!("{kind}{unit}")
     } else {
-        format!("{kind} {}{unit}", range.join(", "))
+        format!("{kind} {range}{unit}")
     }
 }
 

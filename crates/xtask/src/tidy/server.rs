@@ -46,7 +46,12 @@ pub(super) const RULES: &[Rule] = &[
     Rule {
         name: "only http knows status codes",
         why: "one table maps error codes to statuses; beside it only the two ends of the worker protocol",
-        check: |tree| in_code(server(tree, &["src/http/", "src/agent_api.rs", "src/agent/"]), r"\bStatusCode\b"),
+        check: |tree| {
+            in_code(
+                server(tree, &["src/http/", "src/agent_api.rs", "src/agent/"]),
+                r"\bStatusCode\b",
+            )
+        },
         planted: || Tree::of(&[("src/store/error.rs", "use axum::http::StatusCode;")]),
     },
     Rule {
