@@ -384,3 +384,28 @@ fn the_schedule_equals_diffusers() {
         }
     }
 }
+
+#[test]
+fn the_number_of_threads_does_not_change_a_bit() {
+    let t = tensors("demo", "grads-attention");
+    let set = adapters(&t, 4, 6.0);
+    let unet = UNet2DConditionModel::load(&base("demo"), &CPU, &set).unwrap();
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let out = unet
+                .forward(&t["sample"], &t["timesteps"], &t["encoder_hidden_states"])
+                .unwrap();
+            let loss = (&out - &t["target"]).unwrap().sqr().unwrap().mean_all().unwrap();
+            let grads = loss.backward().unwrap();
+            let mut all = values(&out);
+            for (_, var) in set.named_vars() {
+                all.extend(values(grads.get(var.as_tensor()).unwrap()));
+            }
+            all
+        })
+    };
+    let one = run(1);
+    assert_eq!(one, run(3));
+    assert_eq!(one, run(3));
+}

@@ -13,8 +13,8 @@ use super::{
 /// Query rows whose scores are held at once, per thread.
 const QUERY_ROWS: usize = 256;
 
-/// `softmax(q kᵀ / sqrt(d)) v` per head. Keeps q, k, v and the result; the backward computes the scores again, block by
-/// block of query rows.
+/// `softmax(q kᵀ / sqrt(d)) v` per head. Keeps q, k and v; the backward computes the scores again, block by block of
+/// query rows.
 ///
 /// # Shapes
 /// `q` (b, lq, heads · d); `k`, `v` (b, lk, heads · d) -> (b, lq, heads · d). `causal`: position i sees 0..=i.
@@ -61,12 +61,11 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool)
         let parts: Vec<Vec<f32>> = parts.chunks(blocks).map(<[Vec<f32>]>::concat).collect();
         Ok(sizes.interleave(&parts, lq))
     })?;
-    let kept = Tensor::from_slice(&y, (b, lq, c), q.device())?;
     attach("attention", &[q, k, v], Value::Cpu(y), (b, lq, c), move |g, _| {
-        let (dq, dk, dv) = with_values([&q_, &k_, &v_, &kept, g], |[q, k, v, y, g]| {
+        let (dq, dk, dv) = with_values([&q_, &k_, &v_, g], |[q, k, v, g]| {
             let parts: Vec<[Vec<f32>; 3]> = (0..b * heads)
                 .into_par_iter()
-                .map(|i| sizes.backward([q, k, v, y, g], i))
+                .map(|i| sizes.backward([q, k, v, g], i))
                 .collect();
             let [mut dq, mut dk, mut dv] = [(); 3].map(|()| Vec::with_capacity(parts.len()));
             for [a, b, c] in parts {
@@ -136,8 +135,8 @@ impl Sizes {
         y
     }
 
-    /// `dv = pᵀ g`, `dp = g vᵀ`, `ds = p (dp - Σ g y)`, `dq = ds k`, `dk = dsᵀ q`.
-    fn backward(&self, [q, k, v, y, g]: [&[f32]; 5], i: usize) -> [Vec<f32>; 3] {
+    /// `dv = pᵀ g`, `dp = g vᵀ`, `ds = p (dp - Σ p dp)`, `dq = ds k`, `dk = dsᵀ q`.
+    fn backward(&self, [q, k, v, g]: [&[f32]; 4], i: usize) -> [Vec<f32>; 3] {
         let Self { lq, lk, d, .. } = *self;
         let scale = (d as f32).powf(-0.5);
         let (k, v) = (self.head(k, i, lk, 0..lk), self.head(v, i, lk, 0..lk));
@@ -146,18 +145,12 @@ impl Sizes {
         for start in (0..lq).step_by(QUERY_ROWS) {
             let rows = start..lq.min(start + QUERY_ROWS);
             let n = rows.len();
-            let (q, g, y) = (
-                self.head(q, i, lq, rows.clone()),
-                self.head(g, i, lq, rows.clone()),
-                self.head(y, i, lq, rows.clone()),
-            );
+            let (q, g) = (self.head(q, i, lq, rows.clone()), self.head(g, i, lq, rows.clone()));
             self.probabilities(q, k, rows.clone(), &mut p);
             matmul(&mut dv, d, Mat::rows(&p, n, lk, lk).t(), g, 1.0, Into::Add);
             dp.resize(n * lk, 0.0);
             matmul(&mut dp, lk, g, v.t(), 1.0, Into::Overwrite);
-            for (r, (dp, p)) in dp.chunks_exact_mut(lk).zip(p.chunks_exact(lk)).enumerate() {
-                score_grads(dp, p, dot(g.row(r), y.row(r)));
-            }
+            score_grads(&mut dp, &p, lk);
             let ds = Mat::rows(&dp, n, lk, lk);
             matmul(&mut dq[start * d..], d, ds, k, scale, Into::Overwrite);
             matmul(&mut dk, d, ds.t(), q, scale, Into::Add);
@@ -206,10 +199,13 @@ vectorized! {
 }
 
 vectorized! {
-    /// `dp := p (dp - level)`.
-    fn score_grads(dp: &mut [f32], p: &[f32], level: f32) {
-        for (dp, p) in dp.iter_mut().zip(p) {
-            *dp = p * (*dp - level);
+    /// `dp := p (dp - Σ p dp)` per row of `n`.
+    fn score_grads(dp: &mut [f32], p: &[f32], n: usize) {
+        for (dp, p) in dp.chunks_exact_mut(n).zip(p.chunks_exact(n)) {
+            let level = dot(dp, p);
+            for (dp, p) in dp.iter_mut().zip(p) {
+                *dp = p * (*dp - level);
+            }
         }
     }
 }

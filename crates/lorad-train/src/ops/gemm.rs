@@ -52,12 +52,6 @@ impl<'a> Mat<'a> {
         }
     }
 
-    /// Row `i` of a view whose columns lie side by side.
-    pub(super) fn row(&self, i: usize) -> &'a [f32] {
-        debug_assert!(self.col_stride == 1 && i < self.rows);
-        &self.data[i * self.row_stride..i * self.row_stride + self.cols]
-    }
-
     fn fits(&self) -> bool {
         fits(self.data.len(), self.rows, self.cols, self.row_stride, self.col_stride)
     }

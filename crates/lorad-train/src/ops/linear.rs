@@ -220,7 +220,7 @@ pub fn lora_linear(base: &FrozenLinear, x: &Tensor, a: &Tensor, b: &Tensor, scal
             scale_by(&mut u, scale);
             let da = product_over_rows(&u, r, x, k, m);
             let dbt = product_over_rows(&h, r, g, n, m);
-            let db: Vec<f32> = (0..n * r).map(|i| dbt[i % r * n + i / r]).collect();
+            let db = transpose(&dbt, r, n);
             // An untracked input (the prompt's embeddings) needs no gradient: skipping it saves a product with W.
             let dx = if needed[0] {
                 let mut dx = vec![0.0; m * k];
@@ -245,9 +245,20 @@ fn scale_by(values: &mut [f32], factor: f32) {
     values.iter_mut().for_each(|v| *v *= factor);
 }
 
+/// A row-major `(rows, cols)` matrix as `(cols, rows)`.
+fn transpose(matrix: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    let mut out = vec![0.0; rows * cols];
+    for (i, row) in matrix.chunks_exact(cols).enumerate() {
+        for (j, v) in row.iter().enumerate() {
+            out[j * rows + i] = *v;
+        }
+    }
+    out
+}
+
 /// `uᵀ x`: `(r, n)` from `u` (m, r) and `x` (m, n).
 fn product_over_rows(u: &[f32], r: usize, x: &[f32], n: usize, m: usize) -> Vec<f32> {
-    let ut: Vec<f32> = (0..r * m).map(|i| u[i % m * r + i / m]).collect();
+    let ut = transpose(u, m, r);
     let packed = Packed::new(Mat::rows(x, m, n, n));
     let mut out = vec![0.0; r * n];
     multiply(&mut out, &packed, 1, |i, _| &ut[i * m..(i + 1) * m], Start::Zero, None);
