@@ -258,13 +258,13 @@ mod tests {
         },
     ];
 
-    fn resolved(given: Value) -> Result<Map<String, Value>, Vec<FieldError>> {
+    fn resolved(given: &Value) -> Result<Map<String, Value>, Vec<FieldError>> {
         resolve(FIELDS, given.as_object().unwrap())
     }
 
     #[test]
     fn all_faults_are_told_at_once_with_their_place() {
-        let errors = resolved(json!({"lora_rank": 0, "learning_rate": "fast", "init": "c", "lorarank": 4, "a/b": 1}))
+        let errors = resolved(&json!({"lora_rank": 0, "learning_rate": "fast", "init": "c", "lorarank": 4, "a/b": 1}))
             .unwrap_err();
         let found: Vec<(&str, &str)> = errors.iter().map(|e| (e.pointer.as_str(), e.code.as_str())).collect();
         assert_eq!(
@@ -290,14 +290,14 @@ mod tests {
             ("learning_rate", json!(-1e-4)),
             ("learning_rate", json!(2)),
         ] {
-            let errors = resolved(json!({name: value})).unwrap_err();
+            let errors = resolved(&json!({name: value})).unwrap_err();
             assert_eq!(errors.len(), 1, "{name} = {value}");
         }
     }
 
     #[test]
     fn defaults_are_filled_in_and_whole_floats_are_integers() {
-        let map = resolved(json!({"lora_rank": 4.0})).unwrap();
+        let map = resolved(&json!({"lora_rank": 4.0})).unwrap();
         assert_eq!(
             Value::Object(map),
             json!({"lora_rank": 4, "learning_rate": 1e-4, "init": null})

@@ -1,7 +1,7 @@
 //! Results of real jobs, loaded by the tools that they are made for: diffusers, PEFT and, by its name rule, ComfyUI.
 //! `tools/reference/interop.py` does the loading and says what it compares.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
 mod support;
 
@@ -120,6 +120,7 @@ fn run_script(command: &mut Command) {
     );
     assert!(output.status.success(), "{}\n{stdout}\n{stderr}", output.status);
     assert!(!stdout.contains("FAIL"), "{stdout}");
+    println!("{stdout}");
 }
 
 /// Runs a job as a worker does, and writes beside its results what lorad's own UNet computes with the adapter of the

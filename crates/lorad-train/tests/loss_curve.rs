@@ -4,7 +4,7 @@
 //! Takes the steps with what [`lorad_train::run`] takes them with: `learning_rate`, `denoising_loss`, `Stepper`. The
 //! reference is made by `tools/reference/make_golden.py`.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
 mod support;
 

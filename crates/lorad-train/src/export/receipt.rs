@@ -38,13 +38,13 @@ pub(super) struct Check {
 pub(super) fn check_diffusers(dir: &Path, file: &ResultFile, adapter: &HostAdapter) -> Result<Check> {
     let stored = read(dir, file)?;
     let found = formats::read_diffusers(&stored);
-    compare(file, &stored, found, adapter, str::to_owned, 2)
+    compare(file, &stored, &found, adapter, str::to_owned, 2)
 }
 
 pub(super) fn check_kohya(dir: &Path, file: &ResultFile, adapter: &HostAdapter) -> Result<Check> {
     let stored = read(dir, file)?;
     let found = formats::read_kohya(&stored);
-    compare(file, &stored, found, adapter, formats::kohya_name, 3)
+    compare(file, &stored, &found, adapter, formats::kohya_name, 3)
 }
 
 pub(super) fn check_peft(dir: &Path, file: &ResultFile, adapter: &HostAdapter) -> Result<Check> {
@@ -63,7 +63,7 @@ pub(super) fn check_peft(dir: &Path, file: &ResultFile, adapter: &HostAdapter) -
         .map_err(|e| wrong(file, &format!("adapter_config.json: {e}")))?;
     let stored = TensorFile::from_bytes(&file.name, &entry("adapter_model.safetensors")?)?;
     let found = formats::read_peft(&stored, &config);
-    compare(file, &stored, found, adapter, str::to_owned, 2)
+    compare(file, &stored, &found, adapter, str::to_owned, 2)
 }
 
 /// Every entry of the merged archive reads back (its checksum holds), and the UNet's weights are the bytes that were
@@ -135,7 +135,7 @@ fn read(dir: &Path, file: &ResultFile) -> Result<TensorFile> {
 fn compare(
     file: &ResultFile,
     stored: &TensorFile,
-    found: BTreeMap<String, Vec<f64>>,
+    found: &BTreeMap<String, Vec<f64>>,
     adapter: &HostAdapter,
     name: impl Fn(&str) -> String,
     tensors_per_module: usize,
@@ -157,8 +157,8 @@ fn compare(
     let mut worst = 0.0_f64;
     for (module, factors) in &adapter.modules {
         let error = relative_error(&found[&name(module)], &delta(&factors.a, &factors.b, adapter.scale()));
-        // Written so that a NaN is refused too.
-        if !(error <= MAX_RELATIVE_ERROR) {
+        // Infinite where a value is not a number.
+        if error > MAX_RELATIVE_ERROR {
             return Err(wrong(file, &format!("ΔW of {module} differs by {error:.1e} relative")).into());
         }
         worst = worst.max(error);

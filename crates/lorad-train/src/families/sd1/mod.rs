@@ -210,7 +210,7 @@ fn weight_bytes(dir: &Path) -> u64 {
     keys::Part::ALL
         .iter()
         .filter_map(|part| fs::read_dir(dir.join(part.folder())).ok())
-        .flat_map(|entries| entries.flatten())
+        .flat_map(Iterator::flatten)
         .filter(|entry| entry.path().extension().is_some_and(|e| e == "safetensors"))
         .filter_map(|entry| entry.metadata().ok())
         .map(|metadata| metadata.len())

@@ -374,7 +374,7 @@ mod tests {
         zero_terminal_snr: false,
     };
 
-    fn resolved(given: Value) -> Result<Map<String, Value>, Vec<FieldError>> {
+    fn resolved(given: &Value) -> Result<Map<String, Value>, Vec<FieldError>> {
         resolve(BASE, given.as_object().unwrap())
     }
 
@@ -390,29 +390,29 @@ mod tests {
 
     #[test]
     fn nothing_stays_open_but_the_length_that_was_not_chosen() {
-        let map = resolved(json!({"lora_rank": 4})).unwrap();
+        let map = resolved(&json!({"lora_rank": 4})).unwrap();
         let open: Vec<&String> = map.iter().filter(|(_, v)| v.is_null()).map(|(k, _)| k).collect();
         assert_eq!(open, ["max_train_steps"]);
         assert_eq!(
             (&map["lora_alpha"], &map["resolution"], &map["num_epochs"]),
             (&json!(4.0), &json!(64), &json!(100))
         );
-        let map = resolved(json!({"max_train_steps": 7, "lora_alpha": 2})).unwrap();
+        let map = resolved(&json!({"max_train_steps": 7, "lora_alpha": 2})).unwrap();
         assert_eq!((&map["lora_alpha"], &map["num_epochs"]), (&json!(2.0), &Value::Null));
     }
 
     #[test]
     fn contradictions_and_wrong_sizes_are_refused_together() {
         let errors =
-            resolved(json!({"num_epochs": 2, "max_train_steps": 3, "resolution": 40, "lora_rank": 0})).unwrap_err();
+            resolved(&json!({"num_epochs": 2, "max_train_steps": 3, "resolution": 40, "lora_rank": 0})).unwrap_err();
         let pointers: Vec<&str> = errors.iter().map(|e| e.pointer.as_str()).collect();
         assert_eq!(pointers, ["/lora_rank", "/num_epochs", "/resolution"]);
     }
 
     #[test]
     fn epochs_become_steps_with_the_last_window_counted() {
-        let map = resolved(json!({"num_epochs": 3, "batch_size": 4, "gradient_accumulation_steps": 2})).unwrap();
+        let map = resolved(&json!({"num_epochs": 3, "batch_size": 4, "gradient_accumulation_steps": 2})).unwrap();
         assert_eq!(steps(&map, 20), 9);
-        assert_eq!(steps(&resolved(json!({"max_train_steps": 5})).unwrap(), 20), 5);
+        assert_eq!(steps(&resolved(&json!({"max_train_steps": 5})).unwrap(), 20), 5);
     }
 }

@@ -16,7 +16,7 @@ use super::{
     schema::Settings,
     unet::UNet2DConditionModel,
     vae::AutoencoderKl,
-    weights::BaseFolder,
+    weights::{BaseFolder, TensorHead},
 };
 use crate::{
     Result, data,
@@ -193,7 +193,7 @@ fn fresh_adapters(base: &BaseFolder, settings: &Settings, device: &Device) -> Re
 /// model lies in the folder, without reading gigabytes at every resume.
 fn base_fingerprint(base: &BaseFolder) -> Result<String> {
     let mut hasher = Sha256::new();
-    for (name, shape, start) in base.tensor_index()? {
+    for TensorHead { name, shape, start } in base.tensor_index()? {
         hasher.update(name.as_bytes());
         hasher.update(format!("{shape:?}").as_bytes());
         hasher.update(&start);

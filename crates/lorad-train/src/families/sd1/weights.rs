@@ -127,7 +127,7 @@ impl BaseFolder {
     ///
     /// # Errors
     /// As [`Self::weights`], or if a file cannot be read.
-    pub fn tensor_index(&self) -> Result<Vec<(String, Vec<usize>, Vec<u8>)>, Problem> {
+    pub fn tensor_index(&self) -> Result<Vec<TensorHead>, Problem> {
         const FIRST_BYTES: usize = 64;
         let mut index = Vec::new();
         for part in Part::ALL {
@@ -137,7 +137,11 @@ impl BaseFolder {
                 let mut start = vec![0; tensor.bytes.min(FIRST_BYTES)];
                 file.read_exact_at(&mut start, tensor.begin)
                     .map_err(|e| unreadable(path, &format!("cannot be read: {e}")))?;
-                index.push((format!("{}/{key}", part.folder()), tensor.shape.clone(), start));
+                index.push(TensorHead {
+                    name: format!("{}/{key}", part.folder()),
+                    shape: tensor.shape.clone(),
+                    start,
+                });
             }
         }
         Ok(index)
@@ -172,6 +176,17 @@ impl BaseFolder {
                     .collect(),
             ))
     }
+}
+
+/// One tensor of a base, as far as telling bases apart needs it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorHead {
+    /// `unet/conv_in.weight`.
+    pub name: String,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// Its first bytes as stored.
+    pub start: Vec<u8>,
 }
 
 /// The order is the order in which they are reported.
