@@ -157,7 +157,7 @@ function Facts({ job, progress, points, now }) {
     [t("Base model"), html`<a href="#/models">${baseId(job)}</a>`],
     datasetId(job) && [t("Dataset"), html`<a href=${`#/datasets/${encodeURIComponent(datasetId(job))}`}>${job.dataset.name}</a>`],
     [t("Steps"), `${int(done)} / ${total ? int(total) : "?"}`],
-    progress?.epoch !== undefined && [t("Epoch"), num(progress.epoch, 3)],
+    Number.isFinite(progress?.epoch) && [t("Epoch"), num(progress.epoch, 3)],
     progress?.it_s && !isOver(job.status) && [t("Speed"), speed(progress.it_s)],
     progress?.eta_s >= 0 && job.status === "running" && [t("Time left"), duration(progress.eta_s)],
     [t("Running for"), Number.isFinite(elapsed(job, now)) ? duration(elapsed(job, now)) : "–"],
@@ -179,7 +179,7 @@ function Settings({ job }) {
   const flat = Object.entries(job.hyperparameters ?? {});
   return html`<${Card} title=${t("Settings of this run")} icon="sliders" tools=${html`<${Tabs} label=${t("Form")} value=${tab} onChange=${setTab} tabs=${[{ id: "table", label: t("Table") }, { id: "json", label: "JSON" }]} />`}>
     ${tab === "json" ? html`<${Code} text=${JSON.stringify(config, null, 2)} label="JSON" />`
-      : html`<dl class="settings">${flat.map(([k, v]) => html`<div key=${k}><dt>${k}</dt><dd class="mono">${typeof v === "string" ? v : JSON.stringify(v)}</dd></div>`)}</dl>`}
+      : html`<dl class="settings">${flat.map(([k, v]) => html`<div key=${k}><dt>${k}</dt><dd class="mono">${v === null ? "–" : typeof v === "string" ? v : JSON.stringify(v)}</dd></div>`)}</dl>`}
   </${Card}>`;
 }
 

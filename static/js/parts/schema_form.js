@@ -61,7 +61,14 @@ export function toRequest(schema, texts) {
 /** Text fields from a request's values, for a clone. */
 export const toTexts = (values) => Object.fromEntries(Object.entries(values ?? {}).map(([k, v]) => [k, show(v)]));
 
-const title = (name, property) => property.title ?? name.replace(/_/g, " ").replace(/^./, (c) => c.toUpperCase());
+const SPELLINGS = { lora: "LoRA", lr: "LR", l2: "L2", snr: "SNR", ema: "EMA" };
+const title = (name, property) =>
+  property.title ??
+  name
+    .split("_")
+    .map((word) => SPELLINGS[word] ?? word)
+    .join(" ")
+    .replace(/^./, (c) => c.toUpperCase());
 
 function bounds(property) {
   const low = property.minimum ?? property.exclusiveMinimum;
@@ -74,7 +81,7 @@ function bounds(property) {
 
 /** A labelled control with its help and its error beneath. */
 export function Field({ id, label, unit, help, problem, changed, onReset, children }) {
-  return html`<div class="field" data-field=${id}><label for=${`f-${id}`}>${label}${unit && html`<span class="unit">${unit}</span>`}
+  return html`<div class="field" data-field=${id}><label for=${`f-${id}`}><span>${label}</span>${unit && html`<span class="unit">${unit}</span>`}
       ${changed && html`<button type="button" class="linklike small changed" onClick=${onReset}>${t("Reset")}</button>`}</label>
     ${children}
     ${problem && html`<p class="problem" id=${`e-${id}`}><${Icon} name="alert" /><span>${problem}</span></p>`}
