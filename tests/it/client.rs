@@ -179,6 +179,7 @@ fn path_text(path: &Path) -> String {
 pub async fn demo_job(client: &Client) -> Value {
     let mut job = client.json("/demo").await;
     job["hyperparameters"]["max_train_steps"] = json!(4);
+    job["hyperparameters"]["batch_size"] = json!(1);
     job["sampling"] = json!({"prompts": []});
     job
 }
