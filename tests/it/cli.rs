@@ -21,7 +21,11 @@ fn text(bytes: &[u8]) -> String {
 }
 
 fn asset(name: &str) -> String {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("assets").join(name).display().to_string()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("assets")
+        .join(name)
+        .display()
+        .to_string()
 }
 
 #[test]
@@ -57,7 +61,12 @@ fn doctor_finds_the_bundled_base_and_reports_as_json() {
     let run = lorad(&["doctor", "--json"], folder.path());
     assert_eq!(run.status.code(), Some(0), "{}", text(&run.stderr));
     let report: Value = serde_json::from_slice(&run.stdout).unwrap();
-    let ids: Vec<_> = report["base_models"].as_array().unwrap().iter().map(|model| &model["id"]).collect();
+    let ids: Vec<_> = report["base_models"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|model| &model["id"])
+        .collect();
     assert!(ids.iter().any(|id| *id == "demo-icons"), "{ids:?}");
     assert_eq!(report["devices"][0], "cpu");
 }
@@ -75,7 +84,11 @@ fn serving_other_machines_without_keys_is_refused_unless_told() {
     let folder = tempfile::tempdir().unwrap();
     let run = lorad(&["serve", "--bind", "0.0.0.0:0"], folder.path());
     assert_eq!(run.status.code(), Some(1));
-    assert!(text(&run.stderr).contains("--insecure-no-auth"), "{}", text(&run.stderr));
+    assert!(
+        text(&run.stderr).contains("--insecure-no-auth"),
+        "{}",
+        text(&run.stderr)
+    );
 }
 
 #[test]
@@ -83,7 +96,19 @@ fn every_wrong_option_of_train_is_named_at_once_and_nothing_is_left_behind() {
     let folder = tempfile::tempdir().unwrap();
     let data = asset("silhouettes.zip");
     let run = lorad(
-        &["train", "--base", "demo-icons", "--data", &data, "--out", "out", "--set", "lora_rank=0", "--set", "no_such=1"],
+        &[
+            "train",
+            "--base",
+            "demo-icons",
+            "--data",
+            &data,
+            "--out",
+            "out",
+            "--set",
+            "lora_rank=0",
+            "--set",
+            "no_such=1",
+        ],
         folder.path(),
     );
     assert_eq!(run.status.code(), Some(1));
@@ -98,8 +123,23 @@ fn train_writes_its_results_pictures_and_figures_and_removes_its_working_folder(
     let data = asset("silhouettes.zip");
     let run = lorad(
         &[
-            "train", "--base", "demo-icons", "--data", &data, "--out", "out", "--name", "icons", "--set", "max_train_steps=3",
-            "--set", "batch_size=2", "--prompt", "silhouette icon of rocket", "--metrics", "steps.jsonl",
+            "train",
+            "--base",
+            "demo-icons",
+            "--data",
+            &data,
+            "--out",
+            "out",
+            "--name",
+            "icons",
+            "--set",
+            "max_train_steps=3",
+            "--set",
+            "batch_size=2",
+            "--prompt",
+            "silhouette icon of rocket",
+            "--metrics",
+            "steps.jsonl",
         ],
         folder.path(),
     );
@@ -108,12 +148,24 @@ fn train_writes_its_results_pictures_and_figures_and_removes_its_working_folder(
     let stdout = text(&run.stdout);
     let files: Vec<_> = stdout.lines().map(Path::new).collect();
     assert!(files.iter().all(|file| file.is_file()), "{stdout}");
-    for name in ["pytorch_lora_weights.safetensors", "icons-kohya.safetensors", "icons-peft.zip", "receipt.json"] {
-        assert!(folder.path().join("out").join(name).is_file(), "{name} is missing:\n{stdout}");
+    for name in [
+        "pytorch_lora_weights.safetensors",
+        "icons-kohya.safetensors",
+        "icons-peft.zip",
+        "receipt.json",
+    ] {
+        assert!(
+            folder.path().join("out").join(name).is_file(),
+            "{name} is missing:\n{stdout}"
+        );
     }
     assert!(std::fs::read_dir(folder.path().join("out/samples")).unwrap().count() >= 2);
     let figures = std::fs::read_to_string(folder.path().join("steps.jsonl")).unwrap();
     assert_eq!(figures.lines().count(), 3);
     let hidden = std::fs::read_dir(folder.path().join("out")).unwrap();
-    assert!(hidden.flatten().all(|entry| !entry.file_name().to_string_lossy().starts_with('.')));
+    assert!(
+        hidden
+            .flatten()
+            .all(|entry| !entry.file_name().to_string_lossy().starts_with('.'))
+    );
 }

@@ -93,8 +93,15 @@ fn the_readmes_curl_examples_work_as_they_stand() {
         .env_remove("http_proxy")
         .output()
         .expect("bash starts");
-    let (stdout, stderr) = (String::from_utf8_lossy(&run.stdout), String::from_utf8_lossy(&run.stderr));
-    assert!(run.status.success(), "{}\n--- stdout\n{stdout}\n--- stderr\n{stderr}", run.status);
+    let (stdout, stderr) = (
+        String::from_utf8_lossy(&run.stdout),
+        String::from_utf8_lossy(&run.stderr),
+    );
+    assert!(
+        run.status.success(),
+        "{}\n--- stdout\n{stdout}\n--- stderr\n{stderr}",
+        run.status
+    );
 
     // The stream was followed to the job's end, and carried losses on its way.
     assert!(stdout.contains("event: metrics"), "{stdout}");
@@ -102,7 +109,10 @@ fn the_readmes_curl_examples_work_as_they_stand() {
     // What was downloaded is what the receipt vouches for.
     let adapter = fs::read(folder.path().join("pytorch_lora_weights.safetensors")).unwrap();
     let hash = hex::encode(Sha256::digest(&adapter));
-    assert!(stdout.contains(&hash), "the list of files does not name {hash}:\n{stdout}");
+    assert!(
+        stdout.contains(&hash),
+        "the list of files does not name {hash}:\n{stdout}"
+    );
     let receipt: Value = serde_json::from_slice(&fs::read(folder.path().join("receipt.json")).unwrap()).unwrap();
     assert!(receipt.is_object());
     // The dry run at the end told the plan and started nothing.
