@@ -150,15 +150,8 @@ fn browser(root: &Path) -> Result<Tally> {
     let folder = root.join("tests/browser");
     let chromium = provision::chromium()?;
     provision::npm_packages(&folder)?;
-    exec::must(&mut exec::cargo([
-        "build",
-        "--release",
-        "--quiet",
-        "--package",
-        "lorad",
-        "--bin",
-        "lorad",
-    ]))?;
+    // The whole workspace, as the Rust tests did: another selection has other features, and would build candle again.
+    exec::must(&mut exec::cargo(["build", "--release", "--quiet", "--workspace", "--bins"]))?;
     let mut tests: Vec<_> = fs::read_dir(&folder)
         .with_context(|| format!("read {}", folder.display()))?
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
