@@ -3,18 +3,18 @@
 //! Where to start reading: [`serve`] wires everything; [`domain`] says what the server talks about; [`store`] is the only
 //! SQL; [`scheduler`] moves jobs. One job, file by file, is in `ARCHITECTURE.md`.
 //!
-//! - [`serve`]: the whole server, wired.
-//! - [`config`], [`telemetry`]: layered settings (`configs/default.toml` documents each key), logging.
-//! - [`domain`]: pure values and decisions: ids, the job state machine, attempts, metrics.
-//! - [`store`]: SQLite.
-//! - [`app`]: what every request handler holds, and the acts that need more than the store.
-//! - [`scheduler`], [`executor`]: jobs onto devices, attempts into processes.
-//! - [`agent`], `agent_api`: the worker protocol, from inside the worker and from the server.
-//! - [`events`]: from the store to viewers, gapless.
-//! - [`blobs`], [`builtin`]: published files, the bundled base model.
-//! - [`http`]: the API and the dashboard.
-//! - [`ingest`]: uploaded archives into datasets.
-//! - [`trainer`]: the only file that names the trainer.
+//! - [`serve`] · the whole server, wired.
+//! - settings, [`config`] and [`telemetry`]: layered settings (`configs/default.toml` documents each key), logging.
+//! - [`domain`] · pure values and decisions: ids, the job state machine, attempts, metrics.
+//! - [`store`] · SQLite.
+//! - [`app`] · what every request handler holds, and the acts that need more than the store.
+//! - work, [`scheduler`] and [`executor`]: jobs onto devices, attempts into processes.
+//! - the worker protocol, [`agent`] and `agent_api`: from inside the worker and from the server.
+//! - [`events`] · from the store to viewers, gapless.
+//! - files, [`blobs`] and [`builtin`]: published files, the bundled base model.
+//! - [`http`] · the API and the dashboard.
+//! - [`ingest`] · uploaded archives into datasets.
+//! - [`trainer`] · the only file that names the trainer.
 
 pub mod agent;
 mod agent_api;

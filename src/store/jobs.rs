@@ -36,17 +36,16 @@ pub struct Page<T> {
     pub has_more: bool,
 }
 
+/// Makes the answer that an idempotency key stores from the stored job.
+type AnswerOf<'a> = &'a (dyn Fn(&Job) -> StoredAnswer + Send + Sync);
+
 impl Store {
     /// Stores a job as `queued`, with its first event, and with the answer to its idempotency key if it has one: all or
     /// nothing. `answer` makes that answer from the stored job.
     ///
     /// # Errors
     /// If base model or dataset do not exist (any more), or the database fails.
-    pub async fn insert_job(
-        &self,
-        new: &NewJob,
-        idempotency: Option<(&IdempotencyKey, &(dyn Fn(&Job) -> StoredAnswer + Send + Sync))>,
-    ) -> Result<Job> {
+    pub async fn insert_job(&self, new: &NewJob, idempotency: Option<(&IdempotencyKey, AnswerOf<'_>)>) -> Result<Job> {
         let now = now_ms();
         let mut tx = self.begin().await?;
         let inserted = sqlx::query(
@@ -238,9 +237,11 @@ impl Store {
                 .map_err(query("count checkpoints"))?;
             if mode == CancelMode::Save && n_checkpoints > 0 {
                 match job.status {
-                    JobStatus::Paused => transition(&mut tx, &mut job, Change::Resume, "cancel: saving first").await?,
+                    JobStatus::Paused => {
+                        transition(&mut tx, &mut job, Change::Resume, "cancel: saving first").await?;
+                    }
                     JobStatus::Interrupted => {
-                        transition(&mut tx, &mut job, Change::Requeue, "cancel: saving first").await?
+                        transition(&mut tx, &mut job, Change::Requeue, "cancel: saving first").await?;
                     }
                     _ => {}
                 }

@@ -11,7 +11,7 @@ use crate::domain::{
     Model, ModelKind,
 };
 
-fn corrupt(column: &'static str, found: impl ToString) -> StoreError {
+fn corrupt(column: &'static str, found: &dyn ToString) -> StoreError {
     StoreError::Corrupt {
         column,
         found: found.to_string(),
@@ -27,28 +27,28 @@ where
 
 pub(super) fn json<T: DeserializeOwned>(row: &SqliteRow, name: &'static str) -> Result<T> {
     let text: String = column(row, name)?;
-    serde_json::from_str(&text).map_err(|error| corrupt(name, error))
+    serde_json::from_str(&text).map_err(|error| corrupt(name, &error))
 }
 
 fn json_opt<T: DeserializeOwned>(row: &SqliteRow, name: &'static str) -> Result<Option<T>> {
     let text: Option<String> = column(row, name)?;
-    text.map(|text| serde_json::from_str(&text).map_err(|error| corrupt(name, error)))
+    text.map(|text| serde_json::from_str(&text).map_err(|error| corrupt(name, &error)))
         .transpose()
 }
 
 pub(super) fn unsigned<T: TryFrom<i64>>(row: &SqliteRow, name: &'static str) -> Result<T> {
     let value: i64 = column(row, name)?;
-    T::try_from(value).map_err(|_| corrupt(name, value))
+    T::try_from(value).map_err(|_| corrupt(name, &value))
 }
 
 fn parsed<T: FromStr>(row: &SqliteRow, name: &'static str) -> Result<T> {
     let text: String = column(row, name)?;
-    text.parse().map_err(|_| corrupt(name, text))
+    text.parse().map_err(|_| corrupt(name, &text))
 }
 
 fn spelled<T>(row: &SqliteRow, name: &'static str, parse: fn(&str) -> Option<T>) -> Result<T> {
     let text: String = column(row, name)?;
-    parse(&text).ok_or_else(|| corrupt(name, text))
+    parse(&text).ok_or_else(|| corrupt(name, &text))
 }
 
 fn path(row: &SqliteRow, name: &'static str) -> Result<PathBuf> {
@@ -66,7 +66,7 @@ pub(super) fn job(row: &SqliteRow) -> Result<Job> {
     Ok(Job {
         id: parsed(row, "id")?,
         parent_id: parent
-            .map(|id| id.parse().map_err(|_| corrupt("parent_id", id)))
+            .map(|id| id.parse().map_err(|_| corrupt("parent_id", &id)))
             .transpose()?,
         name: column(row, "name")?,
         tags: json(row, "tags")?,
@@ -197,7 +197,7 @@ pub(super) fn attempt(row: &SqliteRow) -> Result<super::Attempt> {
         device: column(row, "device")?,
         dir: path(row, "dir")?,
         pid: column::<Option<i64>>(row, "pid")?
-            .map(|pid| u32::try_from(pid).map_err(|_| corrupt("pid", pid)))
+            .map(|pid| u32::try_from(pid).map_err(|_| corrupt("pid", &pid)))
             .transpose()?,
         pid_start: column::<Option<i64>>(row, "pid_start")?.map(i64::cast_unsigned),
         acked_seq: unsigned(row, "acked_seq")?,
@@ -214,5 +214,5 @@ pub(super) fn int(value: u64) -> i64 {
 
 /// A value as JSON text.
 pub(super) fn text<T: serde::Serialize>(column: &'static str, value: &T) -> Result<String> {
-    serde_json::to_string(value).map_err(|error| corrupt(column, error))
+    serde_json::to_string(value).map_err(|error| corrupt(column, &error))
 }

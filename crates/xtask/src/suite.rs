@@ -151,7 +151,13 @@ fn browser(root: &Path) -> Result<Tally> {
     let chromium = provision::chromium()?;
     provision::npm_packages(&folder)?;
     // The whole workspace, as the Rust tests did: another selection has other features, and would build candle again.
-    exec::must(&mut exec::cargo(["build", "--release", "--quiet", "--workspace", "--bins"]))?;
+    exec::must(&mut exec::cargo([
+        "build",
+        "--release",
+        "--quiet",
+        "--workspace",
+        "--bins",
+    ]))?;
     let mut tests: Vec<_> = fs::read_dir(&folder)
         .with_context(|| format!("read {}", folder.display()))?
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
