@@ -4,14 +4,14 @@
 //! SQL; [`scheduler`] moves jobs. One job, file by file, is in `ARCHITECTURE.md`.
 //!
 //! - [`serve`] · the whole server, wired.
-//! - settings, [`config`] and [`telemetry`]: layered settings (`configs/default.toml` documents each key), logging.
+//! - [`config`] and [`telemetry`] · layered settings (`configs/default.toml` documents each key), logging.
 //! - [`domain`] · pure values and decisions: ids, the job state machine, attempts, metrics.
 //! - [`store`] · SQLite.
 //! - [`app`] · what every request handler holds, and the acts that need more than the store.
-//! - work, [`scheduler`] and [`executor`]: jobs onto devices, attempts into processes.
-//! - the worker protocol, [`agent`] and `agent_api`: from inside the worker and from the server.
+//! - [`scheduler`] and [`executor`] · jobs onto devices, attempts into processes.
+//! - [`agent`] and `agent_api` · the worker protocol, from inside the worker and from the server.
 //! - [`events`] · from the store to viewers, gapless.
-//! - files, [`blobs`] and [`builtin`]: published files, the bundled base model.
+//! - [`blobs`] and [`builtin`] · published files, the bundled base model.
 //! - [`http`] · the API and the dashboard.
 //! - [`ingest`] · uploaded archives into datasets.
 //! - [`trainer`] · the only file that names the trainer.
