@@ -74,9 +74,11 @@ export class Server {
   }
   /** Ends the server; `SIGKILL` is a crash. */
   async down(signal = "SIGTERM") {
-    if (this.child.exitCode === null && this.child.signalCode === null) this.child.kill(signal);
-    await Promise.race([this.child.ended, sleep(20_000).then(() => this.child.kill("SIGKILL"))]);
-    await this.child.ended;
+    const { child } = this; // not `this.child` below: a later up() brings another one
+    if (child.exitCode === null && child.signalCode === null) child.kill(signal);
+    const late = setTimeout(() => child.kill("SIGKILL"), 20_000);
+    await child.ended;
+    clearTimeout(late);
   }
   async stop() {
     for (const job of (await this.json("jobs").catch(() => ({ data: [] }))).data) {

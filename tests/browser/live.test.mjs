@@ -30,8 +30,8 @@ async function tableSteps(page) {
   return steps.reverse();
 }
 
-test("a cut stream, a server restart and a reload lose no point and double none", { timeout: 480_000 }, async () => {
-  const job = await server.post("jobs", await server.shortDemo({ steps: 120, every: 60, prompts: 1 }));
+test("a cut stream, a server restart and a reload lose no point and double none", { timeout: 900_000 }, async () => {
+  const job = await server.post("jobs", await server.shortDemo({ steps: 100, every: 50, prompts: 1 }));
   const page = await browser.page(server);
   await page.goto(`${server.url}#/jobs/${job.id}`);
   await page.locator('[data-connection="live"]').waitFor();
@@ -60,12 +60,12 @@ test("a cut stream, a server restart and a reload lose no point and double none"
   await other.goto(`${server.url}#/jobs/${job.id}`);
 
   for (const viewer of [page, other]) {
-    await viewer.locator('.title [data-status="succeeded"]').waitFor({ timeout: 300_000 });
+    await viewer.locator('.title [data-status="succeeded"]').waitFor({ timeout: 600_000 });
     await viewer.locator('[data-connection="ended"]').waitFor();
     const stored = (await server.json(`jobs/${job.id}/metrics?max_points=20000`)).x;
     assert.equal(await points(viewer), stored.length, "points on the page = points in the database");
     assert.deepEqual(await tableSteps(viewer), stored, "the same steps, in order, none twice");
-    assert.deepEqual(stored, Array.from({ length: 120 }, (_, i) => i + 1));
+    assert.deepEqual(stored, Array.from({ length: 100 }, (_, i) => i + 1));
     const lines = (await server.json(`jobs/${job.id}/logs?tail=1000`)).data.length;
     assert.equal(Number(await viewer.locator(".log").getAttribute("data-lines")), lines, "log lines on the page = log lines in the database");
   }
