@@ -42,6 +42,7 @@ pub(crate) fn run(root: &Path, check: bool) -> Result<()> {
                 "docs/families/{id}.md is out of date: run `cargo xtask docs`"
             );
         } else {
+            fs::create_dir_all(root.join("docs/families"))?;
             fs::write(&path, page).with_context(|| format!("write {}", path.display()))?;
             eprintln!("wrote docs/families/{id}.md");
         }
