@@ -92,7 +92,7 @@ impl Catalog for TrainerCatalog {
 mod imp {
     use std::{any::Any, panic::AssertUnwindSafe, thread};
 
-    use lorad_train::{data, families, run};
+    use lorad_train::{data, families};
 
     use super::{
         Arc, AttemptSpec, BaseModelInfo, Command, FamilyInfo, FieldError, ImageVerdict, Map, Path, Plan, Problem,
@@ -114,7 +114,7 @@ mod imp {
 
     pub(super) fn run_attempt(spec: AttemptSpec, reporter: Arc<dyn Reporter>) -> WorkerEvent {
         let train = move || {
-            std::panic::catch_unwind(AssertUnwindSafe(|| run::run_attempt(&spec, &Bridge(reporter))))
+            std::panic::catch_unwind(AssertUnwindSafe(|| families::run_attempt(&spec, &Bridge(reporter))))
                 .unwrap_or_else(|panic| failed(&panicked(&*panic)))
         };
         let thread = thread::Builder::new()

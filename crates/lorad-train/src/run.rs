@@ -25,7 +25,7 @@ use crate::{
     Result, TrainError,
     checkpoint::{self, Snapshot},
     data::Order,
-    device, families,
+    device,
     optim::{
         AdamWConfig,
         schedule::{LrScheduler, learning_rate},
@@ -33,7 +33,7 @@ use crate::{
     selfcheck,
     state::TrainState,
     step::{StepConfig, Stepper},
-    task::{ExportContext, Prompt, Reporter, Task},
+    task::{ExportContext, Family, Prompt, Reporter, Task},
 };
 
 /// The hyperparameters that the loop itself reads; a family may have more.
@@ -59,9 +59,9 @@ struct LoopSettings {
 
 /// Runs one attempt at a job and returns its final event: `Done`, `Failed` or `Stopped`. `Hello` and the final event are
 /// the caller's to send.
-pub fn run_attempt(spec: &AttemptSpec, reporter: &dyn Reporter) -> WorkerEvent {
+pub fn run_attempt(family: &dyn Family, spec: &AttemptSpec, reporter: &dyn Reporter) -> WorkerEvent {
     let mut step = 0;
-    match attempt(spec, reporter, &mut step) {
+    match attempt(family, spec, reporter, &mut step) {
         Ok(event) => event,
         Err(TrainError::Stopped(reason)) => WorkerEvent::Stopped {
             step,
@@ -75,7 +75,7 @@ pub fn run_attempt(spec: &AttemptSpec, reporter: &dyn Reporter) -> WorkerEvent {
 }
 
 /// `reached` follows the steps completed, for the event of an attempt that is stopped between step boundaries.
-fn attempt(spec: &AttemptSpec, reporter: &dyn Reporter, reached: &mut u64) -> Result<WorkerEvent> {
+fn attempt(family: &dyn Family, spec: &AttemptSpec, reporter: &dyn Reporter, reached: &mut u64) -> Result<WorkerEvent> {
     // --- open ---
     if spec.protocol != PROTOCOL_VERSION {
         return Err(Problem::new(
@@ -99,7 +99,7 @@ fn attempt(spec: &AttemptSpec, reporter: &dyn Reporter, reached: &mut u64) -> Re
     })?;
     let device = device::open(&spec.device)?;
     reporter.phase(Phase::Loading, 0, 1);
-    let task = families::by_id(&spec.family)?.open(spec, &device, reporter)?;
+    let task = family.open(spec, &device, reporter)?;
     let task = task.as_ref();
     reporter.check_stop()?;
 

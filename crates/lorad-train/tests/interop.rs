@@ -27,7 +27,6 @@ use lorad_train::{
         sd1::{unet::UNet2DConditionModel, weights::BaseFolder},
     },
     lora::{Adapter, AdapterSet},
-    run::run_attempt,
     task::Reporter,
 };
 use serde_json::{Value, json};
@@ -134,7 +133,7 @@ fn train_and_probe(case: &Case, dir: &Path) -> Value {
         std::thread::scope(|scope| {
             std::thread::Builder::new()
                 .stack_size(STACK_BYTES)
-                .spawn_scoped(scope, || run_attempt(&spec, &reporter))
+                .spawn_scoped(scope, || families::run_attempt(&spec, &reporter))
                 .unwrap()
                 .join()
                 .unwrap()

@@ -17,10 +17,8 @@ pub(crate) fn run(root: &Path, check: bool) -> Result<()> {
         "build",
         "--release",
         "--quiet",
-        "--package",
-        "lorad",
-        "--bin",
-        "lorad",
+        "--workspace",
+        "--bins",
     ]))?;
     let lorad = exec::target_dir(root).join("release/lorad");
     let families: Value = serde_json::from_str(&exec::output(Command::new(&lorad).args(["families", "--json"]))?)

@@ -4,9 +4,9 @@
 
 use std::path::Path;
 
-use lorad_proto::{catalog::BaseModelInfo, problem::Problem};
+use lorad_proto::{catalog::BaseModelInfo, event::WorkerEvent, problem::Problem, spec::AttemptSpec};
 
-use crate::task::Family;
+use crate::task::{Family, Reporter};
 
 pub mod sd1;
 
@@ -26,6 +26,14 @@ pub fn by_id(id: &str) -> Result<&'static dyn Family, Problem> {
             format!("There is no model family `{id}`; known: {}.", known.join(", ")),
         )
     })
+}
+
+/// Runs one attempt at a job with the family that it names; see [`crate::run::run_attempt`].
+pub fn run_attempt(spec: &AttemptSpec, reporter: &dyn Reporter) -> WorkerEvent {
+    match by_id(&spec.family) {
+        Ok(family) => crate::run::run_attempt(family, spec, reporter),
+        Err(problem) => WorkerEvent::Failed { problem },
+    }
 }
 
 /// What the base model in `dir` is, asking each family in turn.
