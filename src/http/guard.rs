@@ -61,7 +61,12 @@ pub(super) async fn request_context(request: Request, next: Next) -> Response {
 /// Renders our own errors, and turns the framework's plain ones into the same form.
 fn render(response: Response, id: &str) -> Response {
     if let Some(Unrendered(error)) = response.extensions().get::<Unrendered>() {
-        return error.render(id);
+        let mut rendered = error.render(id);
+        // Set by the handler beside the error: the size of the file, for a range outside it.
+        if let Some(range) = response.headers().get(header::CONTENT_RANGE) {
+            rendered.headers_mut().insert(header::CONTENT_RANGE, range.clone());
+        }
+        return rendered;
     }
     let status = response.status();
     let is_problem = response
