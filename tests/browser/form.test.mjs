@@ -105,6 +105,8 @@ test("every advanced setting of the family has a labelled field", { timeout: 60_
     assert.equal(await field(page, name).count(), 1, name);
     assert.equal(await page.locator(`label[for="f-${name}"]`).count(), 1, `${name} has a label`);
   }
+  const wide = await page.locator("[data-field]").evaluateAll((all) => all.filter((el) => el.scrollWidth > el.clientWidth + 1).map((el) => el.dataset.field));
+  assert.deepEqual(wide, [], "fields wider than their place");
   await shot(page, "new-advanced-light");
   clean(page);
 });
