@@ -54,6 +54,8 @@ pub fn decode(bytes: &[u8]) -> Result<(RgbImage, ImageFormat), Problem> {
             }
             finish(decoder).map(Some)
         }),
+        // The decoder fills what is missing with grey; only the end marker after the last scan tells.
+        ImageFormat::Jpeg if !jpeg_ends(bytes) => return Err(truncated()),
         ImageFormat::Jpeg => JpegDecoder::new(Cursor::new(bytes)).and_then(finish).map(Some),
         // The RIFF header says how long the file is; the decoder reports a shorter one as broken only.
         ImageFormat::WebP if riff_bytes(bytes) > bytes.len() as u64 => return Err(truncated()),
@@ -216,6 +218,12 @@ fn riff_bytes(bytes: &[u8]) -> u64 {
         .and_then(|b| b.try_into().ok())
         .map_or(u32::MAX, u32::from_le_bytes);
     u64::from(size) + 8
+}
+
+/// Whether an end marker follows the last start of a scan.
+fn jpeg_ends(bytes: &[u8]) -> bool {
+    let last = |marker: [u8; 2]| bytes.windows(2).rposition(|pair| pair == marker);
+    last([0xFF, 0xD9]) > last([0xFF, 0xDA])
 }
 
 fn truncated() -> Problem {
