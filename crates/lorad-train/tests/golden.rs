@@ -388,7 +388,12 @@ fn the_schedule_equals_diffusers() {
 #[test]
 fn the_number_of_threads_does_not_change_a_bit() {
     let t = tensors("demo", "grads-attention");
-    let set = adapters(&t, 4, 6.0);
+    let about = &json("demo", "grads")["grads-attention"];
+    let set = adapters(
+        &t,
+        about["rank"].as_u64().unwrap() as usize,
+        about["alpha"].as_f64().unwrap(),
+    );
     let unet = UNet2DConditionModel::load(&base("demo"), &CPU, &set).unwrap();
     let run = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
