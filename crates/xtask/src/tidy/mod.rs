@@ -13,6 +13,7 @@ mod trainer;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt, fs,
+    io::ErrorKind,
     path::Path,
     process::{Command, ExitCode},
 };
@@ -26,6 +27,8 @@ use crate::exec;
 pub(crate) struct Tree {
     /// Text of every file that git tracks or would track, by path from the root.
     files: BTreeMap<String, String>,
+    /// Paths of the files that are not text, pictures among them.
+    binaries: BTreeSet<String>,
     /// Names of all crates that a build of a package links, by [`graph`] query.
     links: BTreeMap<&'static str, BTreeSet<String>>,
 }
@@ -41,14 +44,22 @@ impl Tree {
         ]))
         .context("list the repository's files (the rules need a git checkout)")?;
         let mut files = BTreeMap::new();
+        let mut binaries = BTreeSet::new();
         for path in listed.split('\0').filter(|path| !path.is_empty()) {
             // Deleted but still in the index: no file. Not UTF-8: not text.
-            if let Ok(text) = fs::read_to_string(root.join(path)) {
-                files.insert(path.to_owned(), text);
+            match fs::read_to_string(root.join(path)) {
+                Ok(text) => {
+                    files.insert(path.to_owned(), text);
+                }
+                Err(error) if error.kind() == ErrorKind::InvalidData => {
+                    binaries.insert(path.to_owned());
+                }
+                Err(_) => {}
             }
         }
         Ok(Self {
             files,
+            binaries,
             links: graph::read()?,
         })
     }
@@ -60,6 +71,7 @@ impl Tree {
                 .iter()
                 .map(|(path, text)| ((*path).to_owned(), (*text).to_owned()))
                 .collect(),
+            binaries: BTreeSet::new(),
             links: BTreeMap::new(),
         }
     }

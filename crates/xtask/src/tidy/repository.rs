@@ -97,12 +97,12 @@ fn dead_links(tree: &Tree) -> Vec<String> {
             }
             let joined = normal(&Path::new(path).parent().unwrap_or(Path::new("")).join(target));
             let folder = format!("{joined}/");
-            // Pictures are not text and so not in the tree: the file system decides.
-            let known = tree
-                .files
-                .keys()
-                .any(|file| *file == joined || file.starts_with(&folder));
-            if !known && !Path::new(&joined).exists() {
+            let known = tree.binaries.contains(&joined)
+                || tree
+                    .files
+                    .keys()
+                    .any(|file| *file == joined || file.starts_with(&folder));
+            if !known {
                 found.push(format!("{path}: link to {target}"));
             }
         }
