@@ -166,3 +166,126 @@ fn inner(a: &Tensor, b: &Tensor) -> Result<f64> {
 fn length(t: &Tensor) -> Result<f64> {
     Ok(inner(t, t)?.sqrt())
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::{collections::BTreeMap, path::Path};
+
+    use candle_core::Device;
+    use lorad_proto::{event::ResultFile, spec::Sampling};
+
+    use super::*;
+    use crate::{
+        lora::{Adapter, AdapterSet},
+        task::{ExportContext, Prompt},
+    };
+
+    /// Which backward the toy's second factor has.
+    #[derive(Clone, Copy)]
+    enum Backward {
+        Right,
+        /// Half of the derivative is cut off: finite, not zero, wrong.
+        Halved,
+        /// All of it.
+        Missing,
+    }
+
+    /// `L = mean((B A x − 1)²)` on one module.
+    struct Toy {
+        adapters: AdapterSet,
+        backward: Backward,
+    }
+
+    impl Toy {
+        fn new(backward: Backward) -> Self {
+            let a = Tensor::new(&[[0.3_f32, -0.2, 0.5], [0.1, 0.7, -0.4]], &Device::Cpu).unwrap();
+            let adapter = Adapter {
+                a: Var::from_tensor(&a).unwrap(),
+                b: Var::zeros((4, 2), candle_core::DType::F32, &Device::Cpu).unwrap(),
+                rank: 2,
+                alpha: 2.0,
+            };
+            let mut adapters = AdapterSet::default();
+            adapters.modules.insert("m".to_owned(), adapter);
+            Self { adapters, backward }
+        }
+    }
+
+    impl Task for Toy {
+        fn adapters(&self) -> &AdapterSet {
+            &self.adapters
+        }
+
+        fn n_items(&self) -> usize {
+            1
+        }
+
+        fn fingerprints(&self) -> BTreeMap<String, String> {
+            BTreeMap::new()
+        }
+
+        fn loss(&self, _: &MicroBatch) -> Result<Tensor> {
+            let m = &self.adapters.modules["m"];
+            let (a, b) = (m.a.as_tensor(), m.b.as_tensor());
+            let b = match self.backward {
+                Backward::Right => b.clone(),
+                Backward::Halved => ((b * 0.5)? + (b.detach() * 0.5)?)?,
+                Backward::Missing => b.detach(),
+            };
+            let x = Tensor::new(&[[1.0_f32], [-2.0], [0.5]], &Device::Cpu)?;
+            Ok((b.matmul(&a.matmul(&x)?)? - 1.0)?.sqr()?.mean_all()?)
+        }
+
+        fn sample(
+            &self,
+            _: &[Prompt],
+            _: &Sampling,
+            _: bool,
+            _: &mut dyn FnMut() -> Result<()>,
+        ) -> Result<Vec<image::RgbImage>> {
+            Ok(Vec::new())
+        }
+
+        fn export(&self, _: &Path, _: &ExportContext<'_>) -> Result<Vec<ResultFile>> {
+            Ok(Vec::new())
+        }
+    }
+
+    fn check(backward: Backward) -> (Toy, Result<Check>) {
+        let toy = Toy::new(backward);
+        let batch = MicroBatch {
+            step: 1,
+            sample_counters: vec![0],
+            items: vec![0],
+        };
+        let check = directional_derivative(&toy, &batch);
+        (toy, check)
+    }
+
+    #[test]
+    fn a_right_gradient_passes_and_leaves_the_adapter_as_it_was() {
+        let (toy, check) = check(Backward::Right);
+        assert!(check.unwrap().error() < 0.01);
+        let b = toy.adapters.modules["m"]
+            .b
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f32>()
+            .unwrap();
+        assert_eq!(b, [0.0; 8]);
+    }
+
+    #[test]
+    fn a_gradient_of_the_wrong_size_is_refused_though_it_is_finite_and_not_zero() {
+        let problem = check(Backward::Halved).1.unwrap_err().into_problem();
+        assert_eq!(problem.code, "gradients.wrong");
+    }
+
+    #[test]
+    fn a_tensor_without_a_gradient_is_named() {
+        let problem = check(Backward::Missing).1.unwrap_err().into_problem();
+        assert_eq!(problem.code, "gradients.missing");
+        assert!(problem.detail.contains("m.lora_B.weight"));
+    }
+}
