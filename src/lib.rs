@@ -11,6 +11,7 @@
 //! - [`scheduler`] and [`executor`] · jobs onto devices, attempts into processes.
 //! - [`agent`] and `agent_api` · the worker protocol, from inside the worker and from the server.
 //! - [`events`] · from the store to viewers, gapless.
+//! - `checkpoint` · whether a checkpoint on disk is whole.
 //! - [`blobs`] and [`builtin`] · published files, the bundled base model.
 //! - [`http`] · the API and the dashboard.
 //! - [`ingest`] · uploaded archives into datasets.
@@ -21,6 +22,7 @@ mod agent_api;
 pub mod app;
 pub mod blobs;
 pub mod builtin;
+mod checkpoint;
 pub mod config;
 pub mod domain;
 pub mod events;

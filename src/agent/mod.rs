@@ -26,6 +26,7 @@ use lorad_proto::{
 };
 
 use crate::{
+    checkpoint::verified_step,
     domain::attempt::{EXIT_FAILED, EXIT_TEMPFAIL, EXIT_USAGE},
     executor::local::EXIT_FILE,
     trainer::{self, Reporter},
@@ -66,8 +67,16 @@ enum StartError {
 /// Runs the attempt in `attempt_dir` to its end and returns the process's exit code: 0 done, stopped or paused, 3 failed,
 /// 64 nothing could be begun, 75 ended early with a checkpoint to resume from.
 pub fn run(attempt_dir: &Path) -> i32 {
+    run_with(attempt_dir, trainer::run_attempt)
+}
+
+/// [`run`] with another trainer, for tests of everything around it.
+pub fn run_with<T>(attempt_dir: &Path, train: T) -> i32
+where
+    T: FnOnce(AttemptSpec, Arc<dyn Reporter>) -> WorkerEvent + Send + 'static,
+{
     let code = match begin(attempt_dir) {
-        Ok((spec, poster, runtime)) => runtime.block_on(attempt(spec, poster)),
+        Ok((spec, poster, runtime)) => runtime.block_on(attempt(spec, poster, train)),
         Err(error) => {
             tracing::error!(error = &error as &dyn std::error::Error, "the worker cannot begin");
             EXIT_USAGE
@@ -155,7 +164,10 @@ impl Reporter for SpoolReporter {
     }
 }
 
-async fn attempt(spec: AttemptSpec, poster: Poster) -> i32 {
+async fn attempt<T>(spec: AttemptSpec, poster: Poster, train: T) -> i32
+where
+    T: FnOnce(AttemptSpec, Arc<dyn Reporter>) -> WorkerEvent + Send + 'static,
+{
     let spool = poster.spool.clone();
     let terminated = Arc::new(AtomicBool::new(false));
     spawn_signal_watch(terminated.clone());
@@ -164,13 +176,13 @@ async fn attempt(spec: AttemptSpec, poster: Poster) -> i32 {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
         device: spec.device.clone(),
-        resumed_from_step: spec.resume_from.as_deref().and_then(trainer::verified_checkpoint_step),
+        resumed_from_step: spec.resume_from.as_deref().and_then(|dir| verified_step(dir, None)),
     });
     let reporter = Arc::new(SpoolReporter {
         spool: spool.clone(),
         terminated,
     });
-    let training = tokio::task::spawn_blocking(move || trainer::run_attempt(spec, reporter));
+    let training = tokio::task::spawn_blocking(move || train(spec, reporter));
     let posting = tokio::spawn(poster.run());
     let final_event = match training.await {
         Ok(event) => event,

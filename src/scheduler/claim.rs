@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 
 use super::Scheduler;
 use crate::{
+    checkpoint::verified_step,
     domain::{Checkpoint, Exit},
     executor::Launch,
     store::{Claimed, NewAttempt, StoreError},
@@ -107,14 +108,9 @@ impl Scheduler {
 
 /// The newest checkpoint that is still there, whole by its hashes. Older ones are only looked at when newer ones are not.
 fn newest_intact(checkpoints: &[Checkpoint]) -> Option<PathBuf> {
-    let intact = |checkpoint: &&Checkpoint| {
-        let manifest = std::fs::read(checkpoint.path.join("manifest.json"));
-        manifest.is_ok_and(|bytes| hex::encode(Sha256::digest(&bytes)) == checkpoint.sha256)
-            && crate::trainer::verified_checkpoint_step(&checkpoint.path) == Some(checkpoint.step)
-    };
     checkpoints
         .iter()
-        .find(intact)
+        .find(|checkpoint| verified_step(&checkpoint.path, Some(&checkpoint.sha256)) == Some(checkpoint.step))
         .map(|checkpoint| checkpoint.path.clone())
 }
 

@@ -1,0 +1,210 @@
+//! What breaks, and what is still there afterwards: processes killed with `kill -9` at a bad moment.
+
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use lorad::{
+    config::Config,
+    domain::{EventKind, Job, JobStatus, now_ms},
+    serve::{ServeError, serve},
+    store::Store,
+};
+use serde_json::{Value, json};
+
+use crate::server::{ServerProcess, TestServer, assert_every_step, furnish, kill_9, scripted_job, settings, wait};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_worker_is_noticed_at_once_named_and_resumed_from_its_checkpoint() {
+    let server = TestServer::start().await;
+    let job = server
+        .post(json!({"steps": 60, "step_ms": 15, "checkpoint_every": 10}))
+        .await;
+    server.wait(job.id, "a checkpoint and more", |job| job.step >= 25).await;
+    let pid = server.store().attempt(job.id, 1).await.unwrap().pid.unwrap();
+    let killed_at = now_ms();
+    kill_9(pid);
+    let job = server.ended(job.id).await;
+    assert_eq!((job.status, job.attempt), (JobStatus::Succeeded, 2));
+    assert_every_step(server.store(), &job, 60).await;
+
+    let statuses = server
+        .store()
+        .newest_events(job.id, EventKind::Status, 100)
+        .await
+        .unwrap();
+    let lost = statuses.iter().find(|event| event.data["to"] == "interrupted").unwrap();
+    assert!(
+        lost.data["reason"].as_str().unwrap().contains("SIGKILL"),
+        "{}",
+        lost.data
+    );
+    assert!(
+        lost.t_ms - killed_at < 1000,
+        "noticed after {} ms",
+        lost.t_ms - killed_at
+    );
+    let first_of_second = server.store().metrics(job.id, 21, 21).await.unwrap();
+    assert_eq!(first_of_second[0].attempt, 2, "it did not resume from step 20");
+    assert_eq!(
+        server.store().metrics(job.id, 20, 20).await.unwrap()[0].attempt,
+        1,
+        "it repeated what was checkpointed"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_checkpoint_is_passed_over_for_an_older_one() {
+    let server = TestServer::start().await;
+    let job = server
+        .post(json!({"steps": 60, "step_ms": 15, "checkpoint_every": 10}))
+        .await;
+    server.wait(job.id, "two checkpoints", |job| job.step >= 25).await;
+    let newest = server.store().checkpoints(job.id).await.unwrap()[0].clone();
+    assert_eq!(newest.step, 20);
+    let pid = server.store().attempt(job.id, 1).await.unwrap().pid.unwrap();
+    std::fs::write(newest.path.join("state.json"), b"[]").unwrap();
+    kill_9(pid);
+    let job = server.ended(job.id).await;
+    assert_eq!((job.status, job.attempt), (JobStatus::Succeeded, 2));
+    assert_eq!(server.store().metrics(job.id, 11, 11).await.unwrap()[0].attempt, 2);
+    assert_every_step(server.store(), &job, 60).await;
+}
+
+/// A data directory with one job in it, before any server runs.
+async fn prepared(dir: &Path, script: Value) -> (Store, Job) {
+    let data = dir.join("data");
+    std::fs::create_dir_all(&data).unwrap();
+    let store = Store::open(&data.join("lorad.sqlite3")).await.unwrap();
+    let dataset = furnish(&store).await;
+    let job = store.insert_job(&scripted_job(dataset, &script), None).await.unwrap();
+    (store, job)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_server_loses_no_event_and_its_worker_trains_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, job) = prepared(dir.path(), json!({"steps": 150, "step_ms": 20})).await;
+    let settings = settings(dir.path(), &[]);
+    let first = ServerProcess::start(dir.path(), &settings).await;
+    let before = wait(&store, job.id, "training", |job| job.step >= 20).await;
+    first.kill();
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    assert!(
+        store.job(job.id).await.unwrap().step < 60,
+        "someone writes without a server"
+    );
+    let second = ServerProcess::start(dir.path(), &settings).await;
+    let job = wait(&store, job.id, "the end", |job| job.status.is_final()).await;
+    assert_eq!(
+        (job.status, job.attempt),
+        (JobStatus::Succeeded, 1),
+        "the worker was not taken over"
+    );
+    assert!(before.step < 60);
+    assert_every_step(&store, &job, 150).await;
+    let rows = store.metrics(job.id, 0, 1000).await.unwrap();
+    let largest_gap = rows.windows(2).map(|pair| pair[1].t_ms - pair[0].t_ms).max().unwrap();
+    assert!(largest_gap < 500, "training stood still for {largest_gap} ms");
+
+    let url = format!("http://{}/jobs/{}/files/receipt.json", second.address, job.id);
+    assert_eq!(
+        reqwest::get(url).await.unwrap().json::<Value>().await.unwrap(),
+        json!({"step": 150})
+    );
+    second.kill();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_finishes_while_no_server_runs_has_not_worked_in_vain() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, job) = prepared(dir.path(), json!({"steps": 40, "step_ms": 10})).await;
+    let settings = settings(dir.path(), &[]);
+    let first = ServerProcess::start(dir.path(), &settings).await;
+    wait(&store, job.id, "training", |job| job.step >= 5).await;
+    first.kill();
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    let second = ServerProcess::start(dir.path(), &settings).await;
+    let job = wait(&store, job.id, "the end", |job| job.status.is_final()).await;
+    assert_eq!((job.status, job.attempt), (JobStatus::Succeeded, 1));
+    assert_every_step(&store, &job, 40).await;
+    second.kill();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn server_and_worker_killed_together_is_a_resume_from_the_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, job) = prepared(dir.path(), json!({"steps": 60, "step_ms": 15, "checkpoint_every": 10})).await;
+    let settings = settings(dir.path(), &[]);
+    let first = ServerProcess::start(dir.path(), &settings).await;
+    wait(&store, job.id, "a checkpoint and more", |job| job.step >= 25).await;
+    let pid = store.attempt(job.id, 1).await.unwrap().pid.unwrap();
+    first.kill();
+    kill_9(pid);
+    let second = ServerProcess::start(dir.path(), &settings).await;
+    let job = wait(&store, job.id, "the end", |job| job.status.is_final()).await;
+    assert_eq!((job.status, job.attempt), (JobStatus::Succeeded, 2));
+    assert_every_step(&store, &job, 60).await;
+    second.kill();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_cut_off_for_a_whole_lease_checkpoints_and_stops_and_the_job_goes_on_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, job) = prepared(dir.path(), json!({"steps": 400, "step_ms": 15})).await;
+    let settings = settings(dir.path(), &[("scheduler.lease_ms", "2000")]);
+    let first = ServerProcess::start(dir.path(), &settings).await;
+    wait(&store, job.id, "training", |job| job.step >= 10).await;
+    let attempt = store.attempt(job.id, 1).await.unwrap();
+    first.kill();
+    let start = Instant::now();
+    while !attempt.dir.join("exit.json").exists() {
+        assert!(
+            start.elapsed() < Duration::from_secs(15),
+            "the worker trains on without a lease"
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(
+        start.elapsed() > Duration::from_millis(1500),
+        "it gave up before its lease was over"
+    );
+    let note: Value = serde_json::from_slice(&std::fs::read(attempt.dir.join("exit.json")).unwrap()).unwrap();
+    assert_eq!(note["code"], 75);
+    let second = ServerProcess::start(dir.path(), &settings).await;
+    let job = wait(&store, job.id, "the end", |job| job.status.is_final()).await;
+    assert_eq!((job.status, job.attempt), (JobStatus::Succeeded, 2));
+    assert_every_step(&store, &job, 400).await;
+    assert!(
+        store.metrics(job.id, 100, 100).await.unwrap()[0].attempt == 1,
+        "what was trained without a server is lost"
+    );
+    second.kill();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_servers_on_one_data_directory_are_refused() {
+    let server = TestServer::start().await;
+    let again = settings(server.dir.path(), &[]);
+    let config = Config::from_layers(None, std::collections::HashMap::new(), &again).unwrap();
+    assert!(matches!(serve(config).await, Err(ServeError::Locked { .. })));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shut_down_server_leaves_its_worker_to_the_next_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, job) = prepared(dir.path(), json!({"steps": 100, "step_ms": 15})).await;
+    let settings = settings(dir.path(), &[]);
+    let config = || Config::from_layers(None, std::collections::HashMap::new(), &settings).unwrap();
+    let first = serve(config()).await.unwrap();
+    wait(&store, job.id, "training", |job| job.step >= 10).await;
+    let start = Instant::now();
+    first.shutdown().await;
+    assert!(start.elapsed() < Duration::from_secs(6));
+    let second = serve(config()).await.unwrap();
+    let job = wait(&store, job.id, "the end", |job| job.status.is_final()).await;
+    assert_eq!((job.status, job.attempt), (JobStatus::Succeeded, 1));
+    assert_every_step(&store, &job, 100).await;
+    second.shutdown().await;
+}

@@ -1,0 +1,225 @@
+//! A trainer that only pretends, in the real worker: what it does stands in the hyperparameters. Its loss at step `n` is
+//! `1 / n`, so that a test can tell whether every figure arrived.
+//!
+//! The worker is this very test binary, started through a shell script that turns `worker --attempt-dir D` into a call of
+//! [`worker_process`]. In the same way [`server_process`] is a server that can be killed.
+
+use std::{
+    collections::BTreeMap,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use lorad::{config::Config, trainer::Reporter};
+use lorad_proto::{
+    command::Command,
+    event::{Phase, ResultFile, ResultKind, Results, StepMetrics, StopReason, WorkerEvent},
+    problem::Problem,
+    spec::AttemptSpec,
+};
+use serde_json::{Map, json};
+use sha2::{Digest, Sha256};
+
+const ATTEMPT_DIR: &str = "LORAD_TEST_ATTEMPT_DIR";
+const DATA_DIR: &str = "LORAD_TEST_DATA_DIR";
+const SETTINGS: &str = "LORAD_TEST_SETTINGS";
+
+/// Where [`server_process`] writes its address.
+pub const ADDRESS_FILE: &str = "address";
+
+/// Writes the script that the server starts as worker.
+pub fn worker_program(dir: &Path) -> PathBuf {
+    let program = dir.join("worker.sh");
+    let this = std::env::current_exe().unwrap();
+    let script = format!(
+        "#!/bin/sh\n{ATTEMPT_DIR}=\"$3\" exec '{}' scripted::worker_process --exact --ignored --nocapture\n",
+        this.display()
+    );
+    std::fs::write(&program, script).unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    program
+}
+
+/// The command that starts [`server_process`].
+pub fn server_command(data_dir: &Path, settings: &[(&str, String)]) -> std::process::Command {
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command
+        .args(["scripted::server_process", "--exact", "--ignored", "--nocapture"])
+        .env(DATA_DIR, data_dir)
+        .env(
+            SETTINGS,
+            serde_json::to_string(&settings.iter().cloned().collect::<BTreeMap<_, _>>()).unwrap(),
+        );
+    command
+}
+
+#[test]
+#[ignore = "not a test: the worker process of other tests"]
+fn worker_process() {
+    if let Some(dir) = std::env::var_os(ATTEMPT_DIR) {
+        std::process::exit(lorad::agent::run_with(Path::new(&dir), train));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "not a test: the server process of other tests"]
+async fn server_process() {
+    let Some(data_dir) = std::env::var_os(DATA_DIR).map(PathBuf::from) else {
+        return;
+    };
+    let settings: BTreeMap<String, String> = serde_json::from_str(&std::env::var(SETTINGS).unwrap()).unwrap();
+    let flags: Vec<(&str, String)> = settings.iter().map(|(k, v)| (k.as_str(), v.clone())).collect();
+    let config = Config::load(None, &flags).unwrap();
+    lorad::telemetry::init(&config.log);
+    let server = lorad::serve::serve(config).await.unwrap();
+    let fresh = data_dir.join("address.tmp");
+    std::fs::write(&fresh, server.address().to_string()).unwrap();
+    std::fs::rename(fresh, data_dir.join(ADDRESS_FILE)).unwrap();
+    std::future::pending::<()>().await;
+}
+
+/// What the hyperparameters say.
+struct Script {
+    steps: u64,
+    step_ms: u64,
+    checkpoint_every: u64,
+    /// `abort` or `fail` when this step is reached.
+    ends: Option<(String, u64)>,
+}
+
+impl Script {
+    fn of(spec: &AttemptSpec) -> Self {
+        let number = |key: &str, default| {
+            spec.hyperparameters
+                .get(key)
+                .and_then(serde_json::Value::as_u64)
+                .unwrap_or(default)
+        };
+        let ends = ["abort", "fail"].iter().find_map(|how| {
+            let step = spec.hyperparameters.get(*how)?.as_u64()?;
+            Some(((*how).to_owned(), step))
+        });
+        Self {
+            steps: number("steps", 20),
+            step_ms: number("step_ms", 10),
+            checkpoint_every: number("checkpoint_every", 0),
+            ends,
+        }
+    }
+}
+
+fn train(spec: AttemptSpec, reporter: Arc<dyn Reporter>) -> WorkerEvent {
+    let script = Script::of(&spec);
+    let mut step = spec.resume_from.as_deref().map_or(0, step_of);
+    let mut served = 0;
+    reporter.emit(WorkerEvent::Phase {
+        phase: Phase::Loading,
+        done: 1,
+        total: 1,
+    });
+    loop {
+        match reporter.command() {
+            Command::Pause => {
+                checkpoint(&spec, step, &*reporter);
+                return stopped(step, StopReason::Paused, None);
+            }
+            Command::Drain => {
+                checkpoint(&spec, step, &*reporter);
+                return stopped(step, StopReason::Drained, None);
+            }
+            Command::Cancel { save: true } => {
+                return stopped(step, StopReason::Cancelled, Some(export(&spec, step, &*reporter)));
+            }
+            Command::Cancel { save: false } => return stopped(step, StopReason::Cancelled, None),
+            Command::Checkpoint { request } if request > served => {
+                served = request;
+                checkpoint(&spec, step, &*reporter);
+            }
+            _ => {}
+        }
+        if step >= script.steps {
+            break;
+        }
+        step += 1;
+        match &script.ends {
+            Some((how, at)) if *at == step && how == "abort" => {
+                eprintln!("the scripted trainer aborts at step {step}");
+                std::process::abort();
+            }
+            Some((_, at)) if *at == step => {
+                return WorkerEvent::Failed {
+                    problem: Problem::new("loss.not_finite", "The loss is not finite", format!("At step {step}."))
+                        .with_hint("Lower it."),
+                };
+            }
+            _ => {}
+        }
+        std::thread::sleep(Duration::from_millis(script.step_ms));
+        reporter.emit(WorkerEvent::Step(StepMetrics {
+            step,
+            total_steps: script.steps,
+            epoch: step as f64 / 10.0,
+            loss: Some(1.0 / step as f64),
+            lr: 1e-3,
+            grad_norm: Some(1.0),
+            step_ms: script.step_ms as f64,
+            samples_per_s: 1.0,
+            extra: BTreeMap::new(),
+        }));
+        if script.checkpoint_every > 0 && step % script.checkpoint_every == 0 {
+            checkpoint(&spec, step, &*reporter);
+        }
+    }
+    WorkerEvent::Done {
+        results: export(&spec, step, &*reporter),
+    }
+}
+
+fn stopped(step: u64, reason: StopReason, results: Option<Results>) -> WorkerEvent {
+    WorkerEvent::Stopped { step, reason, results }
+}
+
+fn step_of(checkpoint: &Path) -> u64 {
+    let manifest: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(checkpoint.join("manifest.json")).unwrap()).unwrap();
+    manifest["step"].as_u64().unwrap()
+}
+
+fn checkpoint(spec: &AttemptSpec, step: u64, reporter: &dyn Reporter) {
+    let name = format!("{step:08}");
+    let dir = spec.attempt_dir.join("checkpoints").join(&name);
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::write(dir.join("state.json"), b"{}").unwrap();
+    let entry = json!({"bytes": 2, "sha256": hex::encode(Sha256::digest(b"{}"))});
+    let manifest = json!({"version": 1, "step": step, "files": {"state.json": entry}}).to_string();
+    std::fs::write(dir.join("manifest.json"), &manifest).unwrap();
+    reporter.emit(WorkerEvent::Checkpoint {
+        step,
+        dir: name,
+        bytes: 2,
+        sha256: hex::encode(Sha256::digest(manifest.as_bytes())),
+    });
+}
+
+fn export(spec: &AttemptSpec, step: u64, reporter: &dyn Reporter) -> Results {
+    reporter.emit(WorkerEvent::Phase {
+        phase: Phase::Exporting,
+        done: 0,
+        total: 1,
+    });
+    let dir = spec.attempt_dir.join("results");
+    std::fs::create_dir_all(&dir).unwrap();
+    let bytes = json!({"step": step}).to_string().into_bytes();
+    std::fs::write(dir.join("receipt.json"), &bytes).unwrap();
+    Results {
+        files: vec![ResultFile {
+            name: "receipt.json".to_owned(),
+            kind: ResultKind::Receipt,
+            bytes: bytes.len() as u64,
+            sha256: hex::encode(Sha256::digest(&bytes)),
+        }],
+        summary: Map::from_iter([("steps".to_owned(), json!(step))]),
+    }
+}
