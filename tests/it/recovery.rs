@@ -208,3 +208,34 @@ async fn a_shut_down_server_leaves_its_worker_to_the_next_one() {
     assert_every_step(&store, &job, 100).await;
     second.shutdown().await;
 }
+
+/// The trainer itself in the worker, on the bundled base and data.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_training_run_resumes_and_ends_with_every_file() {
+    let program = env!("CARGO_BIN_EXE_lorad");
+    let server = TestServer::with(&[("scheduler.worker_program", program)]).await;
+    let client = reqwest::Client::new();
+    let dataset = server.store().dataset_by_name("silhouettes").await.unwrap().unwrap();
+    let request = json!({
+        "name": "killed", "base_model": "demo-icons", "dataset_id": dataset.id,
+        "hyperparameters": {"max_train_steps": 24, "batch_size": 2, "lora_rank": 2, "checkpoint_every_steps": 4},
+    });
+    let posted = client.post(server.url("/jobs")).json(&request).send().await.unwrap();
+    assert_eq!(posted.status(), 201, "{}", posted.text().await.unwrap());
+    let id = posted.json::<Value>().await.unwrap()["id"].as_str().unwrap().parse().unwrap();
+    let reached = |job: &Job| job.step >= 9;
+    server.wait(id, "two checkpoints", reached).await;
+    kill_9(server.store().attempt(id, 1).await.unwrap().pid.unwrap());
+    let job = server.ended(id).await;
+    assert_eq!((job.status, job.attempt, job.step), (JobStatus::Succeeded, 2, 24), "{:?}", job.error);
+
+    let rows = server.store().metrics(id, 0, 1000).await.unwrap();
+    assert_eq!(rows.iter().map(|row| row.step).collect::<Vec<_>>(), (1..=24).collect::<Vec<_>>());
+    assert!(rows[7].attempt == 1 && rows[23].attempt == 2, "it began again from the start");
+    let files = server.store().artifacts(id).await.unwrap();
+    for name in ["pytorch_lora_weights.safetensors", "killed-kohya.safetensors", "killed-peft.zip", "receipt.json", "job.json"] {
+        let file = files.iter().find(|file| file.name == name).unwrap_or_else(|| panic!("no {name}"));
+        let bytes = reqwest::get(server.url(&format!("/jobs/{id}/files/{name}"))).await.unwrap().bytes().await.unwrap();
+        assert_eq!(bytes.len() as u64, file.bytes, "{name}");
+    }
+}
