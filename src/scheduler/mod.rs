@@ -162,7 +162,9 @@ impl Scheduler {
         self.ladders.remove(&key);
         self.app.events.end_progress(job.id);
         let live = self.app.store.live_attempts().await?;
-        self.app.events.prune(|id| !live.iter().any(|attempt| attempt.job_id == id));
+        self.app
+            .events
+            .prune(|id| !live.iter().any(|attempt| attempt.job_id == id));
         if matches!(outcome, Outcome::Cancel) || job.status == JobStatus::Cancelled {
             publish::clean_up(&self.app, &job).await;
         }

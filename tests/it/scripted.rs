@@ -3,6 +3,9 @@
 //!
 //! The worker is this very test binary, started through a shell script that turns `worker --attempt-dir D` into a call of
 //! [`worker_process`]. In the same way [`server_process`] is a server that can be killed.
+//!
+//! A test that needs a worker at a certain point holds it there: `hold_at` (a step) and `hold_export` stop the first
+//! attempt until it is killed, commanded or [`let_go`].
 
 use std::{
     collections::BTreeMap,
@@ -24,6 +27,7 @@ use sha2::{Digest, Sha256};
 
 const ATTEMPT_DIR: &str = "LORAD_TEST_ATTEMPT_DIR";
 const DATA_DIR: &str = "LORAD_TEST_DATA_DIR";
+const LET_GO: &str = "let-go";
 const SETTINGS: &str = "LORAD_TEST_SETTINGS";
 
 /// Where [`server_process`] writes its address.
@@ -34,7 +38,7 @@ pub fn worker_program(dir: &Path) -> PathBuf {
     let program = dir.join("worker.sh");
     let this = std::env::current_exe().unwrap();
     let script = format!(
-        "#!/bin/sh\n{ATTEMPT_DIR}=\"$3\" exec '{}' scripted::worker_process --exact --ignored --nocapture\n",
+        "#!/bin/sh\n{ATTEMPT_DIR}=\"$3\" exec '{}' scripted::worker_process --exact --nocapture\n",
         this.display()
     );
     std::fs::write(&program, script).unwrap();
@@ -46,7 +50,7 @@ pub fn worker_program(dir: &Path) -> PathBuf {
 pub fn server_command(data_dir: &Path, settings: &[(&str, String)]) -> std::process::Command {
     let mut command = std::process::Command::new(std::env::current_exe().unwrap());
     command
-        .args(["scripted::server_process", "--exact", "--ignored", "--nocapture"])
+        .args(["scripted::server_process", "--exact", "--nocapture"])
         .env(DATA_DIR, data_dir)
         .env(
             SETTINGS,
@@ -55,16 +59,16 @@ pub fn server_command(data_dir: &Path, settings: &[(&str, String)]) -> std::proc
     command
 }
 
+/// No test but the worker process of tests: without its variable there is nothing to do.
 #[test]
-#[ignore = "not a test: the worker process of other tests"]
 fn worker_process() {
     if let Some(dir) = std::env::var_os(ATTEMPT_DIR) {
         std::process::exit(lorad::agent::run_with(Path::new(&dir), train));
     }
 }
 
+/// No test but the server process of tests: without its variable there is nothing to do.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "not a test: the server process of other tests"]
 async fn server_process() {
     let Some(data_dir) = std::env::var_os(DATA_DIR).map(PathBuf::from) else {
         return;
@@ -87,6 +91,10 @@ struct Script {
     checkpoint_every: u64,
     /// `abort` or `fail` when this step is reached.
     ends: Option<(String, u64)>,
+    /// The first attempt waits after this step.
+    hold_at: Option<u64>,
+    /// The first attempt waits when it has said that it exports.
+    hold_export: bool,
 }
 
 impl Script {
@@ -106,8 +114,22 @@ impl Script {
             step_ms: number("step_ms", 10),
             checkpoint_every: number("checkpoint_every", 0),
             ends,
+            hold_at: (spec.attempt == 1)
+                .then(|| spec.hyperparameters.get("hold_at")?.as_u64())
+                .flatten(),
+            hold_export: spec.attempt == 1 && spec.hyperparameters.contains_key("hold_export"),
         }
     }
+}
+
+/// Lets a held worker go on.
+pub fn let_go(attempt_dir: &Path) {
+    std::fs::write(attempt_dir.join(LET_GO), b"").unwrap();
+}
+
+fn is_held(spec: &AttemptSpec) -> bool {
+    std::thread::sleep(Duration::from_millis(5));
+    !spec.attempt_dir.join(LET_GO).exists()
 }
 
 fn train(spec: AttemptSpec, reporter: Arc<dyn Reporter>) -> WorkerEvent {
@@ -130,7 +152,11 @@ fn train(spec: AttemptSpec, reporter: Arc<dyn Reporter>) -> WorkerEvent {
                 return stopped(step, StopReason::Drained, None);
             }
             Command::Cancel { save: true } => {
-                return stopped(step, StopReason::Cancelled, Some(export(&spec, step, &*reporter)));
+                return stopped(
+                    step,
+                    StopReason::Cancelled,
+                    Some(export(&spec, &script, step, &*reporter)),
+                );
             }
             Command::Cancel { save: false } => return stopped(step, StopReason::Cancelled, None),
             Command::Checkpoint { request } if request > served => {
@@ -138,6 +164,9 @@ fn train(spec: AttemptSpec, reporter: Arc<dyn Reporter>) -> WorkerEvent {
                 checkpoint(&spec, step, &*reporter);
             }
             _ => {}
+        }
+        if script.hold_at == Some(step) && is_held(&spec) {
+            continue;
         }
         if step >= script.steps {
             break;
@@ -173,7 +202,7 @@ fn train(spec: AttemptSpec, reporter: Arc<dyn Reporter>) -> WorkerEvent {
         }
     }
     WorkerEvent::Done {
-        results: export(&spec, step, &*reporter),
+        results: export(&spec, &script, step, &*reporter),
     }
 }
 
@@ -203,12 +232,13 @@ fn checkpoint(spec: &AttemptSpec, step: u64, reporter: &dyn Reporter) {
     });
 }
 
-fn export(spec: &AttemptSpec, step: u64, reporter: &dyn Reporter) -> Results {
+fn export(spec: &AttemptSpec, script: &Script, step: u64, reporter: &dyn Reporter) -> Results {
     reporter.emit(WorkerEvent::Phase {
         phase: Phase::Exporting,
         done: 0,
         total: 1,
     });
+    while script.hold_export && is_held(spec) {}
     let dir = spec.attempt_dir.join("results");
     std::fs::create_dir_all(&dir).unwrap();
     let bytes = json!({"step": step}).to_string().into_bytes();
