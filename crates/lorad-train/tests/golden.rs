@@ -414,3 +414,32 @@ fn the_number_of_threads_does_not_change_a_bit() {
     assert_eq!(one, run(3));
     assert_eq!(one, run(3));
 }
+
+#[test]
+fn gradient_checkpointing_does_not_change_a_bit() {
+    for (case, preset) in [("tiny-sd2", "transformer"), ("demo", "attention")] {
+        let file = format!("grads-{preset}");
+        let t = tensors(case, &file);
+        let about = &json(case, "grads")[&file];
+        let set = adapters(
+            &t,
+            about["rank"].as_u64().unwrap() as usize,
+            about["alpha"].as_f64().unwrap(),
+        );
+        let unet = UNet2DConditionModel::load(&base(case), &CPU, &set).unwrap();
+        let run = |checkpointing: bool| {
+            unet.set_gradient_checkpointing(checkpointing);
+            let out = unet
+                .forward(&t["sample"], &t["timesteps"], &t["encoder_hidden_states"])
+                .unwrap();
+            let loss = (&out - &t["target"]).unwrap().sqr().unwrap().mean_all().unwrap();
+            let grads = loss.backward().unwrap();
+            let mut all = values(&out);
+            for (_, var) in set.named_vars() {
+                all.extend(values(grads.get(var.as_tensor()).unwrap()));
+            }
+            all
+        };
+        assert_eq!(run(false), run(true), "{case} {preset}");
+    }
+}

@@ -108,7 +108,8 @@ impl LoraLinear {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match &self.adapter {
             Some((adapter, switch)) if switch.is_on() => {
-                let (a, b) = (adapter.a.flatten_from(1)?, adapter.b.flatten_from(1)?);
+                let matrix = |t: &Tensor| ops::reshape(t, (t.dim(0)?, t.elem_count() / t.dim(0)?));
+                let (a, b) = (matrix(&adapter.a)?, matrix(&adapter.b)?);
                 ops::lora_linear(&self.base.0, x, &a, &b, adapter.scale())
             }
             _ => self.base.forward(x, None),

@@ -13,7 +13,7 @@ use std::{
     },
 };
 
-use candle_core::{Device, Result, Tensor, bail};
+use candle_core::{Device, Result, Tensor, Var, bail};
 
 use crate::lora::{Adapter, AdapterSet};
 
@@ -187,6 +187,13 @@ impl<'a> Loading<'a> {
     /// Every module that could take an adapter.
     pub fn adaptable(&self) -> Vec<AdaptableModule> {
         self.adaptable.borrow().clone()
+    }
+
+    /// `A` and `B` of every adapter that found its module, in sorted order.
+    pub fn adapter_vars(&self) -> Vec<(Var, Var)> {
+        let used = self.used.borrow();
+        let adapters = used.iter().filter_map(|key| self.adapters.modules.get(key));
+        adapters.map(|m| (m.a.clone(), m.b.clone())).collect()
     }
 
     /// To be called when the model is built.

@@ -7,6 +7,8 @@ use candle_core::{
     backend::BackendStorage, bail,
 };
 
+use super::tape;
+
 /// Gradients of up to three operands. `needed[i]` says whether operand `i` is tracked; others may be `None`.
 pub(super) type Backward = dyn Fn(&Tensor, [bool; 3]) -> Result<[Option<Tensor>; 3]> + Send + Sync;
 
@@ -16,6 +18,8 @@ pub(super) enum Value {
     Cpu(Vec<f32>),
     /// On another device, contiguous and detached.
     Device(Tensor),
+    /// On the CPU, contiguous and detached; in candle's graph it is copied.
+    Shared(Tensor),
 }
 
 struct Attached {
@@ -24,11 +28,13 @@ struct Attached {
     value: Mutex<Option<Value>>,
     shape: Shape,
     needed: [bool; 3],
+    /// Leaves: candle lets them go without a gradient.
+    variables: [bool; 3],
     backward: Box<Backward>,
 }
 
-/// Makes `value` the result of an op `name` on `inputs` (one to three). If no input is tracked, the backward is dropped
-/// at once, and with it what it keeps.
+/// Makes `value` the result of an op `name` on `inputs` (one to three), on this thread's tape if it records one, else in
+/// candle's graph. If no input is tracked, the backward is dropped at once, and with it what it keeps.
 ///
 /// The closure gets the result's gradient, contiguous. It must return a gradient for every needed operand: candle panics
 /// on a tracked operand without one.
@@ -39,22 +45,60 @@ pub(super) fn attach(
     shape: impl std::convert::Into<Shape>,
     backward: impl Fn(&Tensor, [bool; 3]) -> Result<[Option<Tensor>; 3]> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    let shape = shape.into();
-    if !inputs.iter().any(|t| t.track_op()) {
-        return match value {
-            Value::Cpu(values) => Tensor::from_vec(values, shape, inputs[0].device()),
-            Value::Device(tensor) => Ok(tensor.detach()),
-        };
-    }
     let mut needed = [false; 3];
     for (flag, input) in needed.iter_mut().zip(inputs) {
-        *flag = input.track_op();
+        *flag = tape::is_tracked(input);
+    }
+    let on_cpu = !matches!(value, Value::Device(_));
+    if !needed.contains(&true) || (on_cpu && tape::is_recording()) {
+        let shape = shape.into();
+        let output = match value {
+            Value::Cpu(values) => Tensor::from_vec(values, shape, inputs[0].device())?,
+            Value::Device(tensor) | Value::Shared(tensor) => tensor.detach(),
+        };
+        if needed.contains(&true) {
+            let mut ids = [None; 3];
+            for ((id, input), needed) in ids.iter_mut().zip(inputs).zip(needed) {
+                *id = needed.then(|| input.id());
+            }
+            tape::push(&output, move |g| {
+                let gradients = backward(&g.contiguous()?, needed)?;
+                let mut found = Vec::with_capacity(3);
+                for (id, gradient) in ids.into_iter().zip(gradients) {
+                    match (id, gradient) {
+                        (None, _) => {}
+                        (Some(id), Some(gradient)) => found.push((id, gradient)),
+                        (Some(_), None) => bail!("{name}: a tracked operand got no gradient"),
+                    }
+                }
+                Ok(found)
+            });
+        }
+        return Ok(output);
+    }
+    attach_to_graph(name, inputs, value, shape, backward)
+}
+
+/// [`attach`] in candle's graph, whatever this thread records. A variable may be left without a gradient.
+pub(super) fn attach_to_graph(
+    name: &'static str,
+    inputs: &[&Tensor],
+    value: Value,
+    shape: impl std::convert::Into<Shape>,
+    backward: impl Fn(&Tensor, [bool; 3]) -> Result<[Option<Tensor>; 3]> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    let mut needed = [false; 3];
+    let mut variables = [false; 3];
+    for (i, input) in inputs.iter().enumerate() {
+        needed[i] = input.track_op();
+        variables[i] = input.is_variable();
     }
     let op = Attached {
         name,
         value: Mutex::new(Some(value)),
-        shape,
+        shape: shape.into(),
         needed,
+        variables,
         backward: Box::new(backward),
     };
     match inputs {
@@ -77,6 +121,13 @@ impl Attached {
     fn cpu(&self) -> Result<(CpuStorage, Shape)> {
         match self.take()? {
             Value::Cpu(values) => Ok((CpuStorage::F32(values), self.shape.clone())),
+            Value::Shared(value) => {
+                let (storage, layout) = value.storage_and_layout();
+                match &*storage {
+                    Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, self.shape.clone())),
+                    _ => bail!("{}: the value is on another device", self.name),
+                }
+            }
             Value::Device(_) => bail!("{}: a device value on the CPU", self.name),
         }
     }
@@ -105,10 +156,10 @@ impl Attached {
 
     fn gradients(&self, grad: &Tensor) -> Result<[Option<Tensor>; 3]> {
         let mut gradients = (self.backward)(&grad.detach().contiguous()?, self.needed)?;
-        for (gradient, needed) in gradients.iter_mut().zip(self.needed) {
-            if !needed {
+        for (i, gradient) in gradients.iter_mut().enumerate() {
+            if !self.needed[i] {
                 *gradient = None;
-            } else if gradient.is_none() {
+            } else if gradient.is_none() && !self.variables[i] {
                 bail!("{}: a tracked operand got no gradient", self.name);
             }
         }

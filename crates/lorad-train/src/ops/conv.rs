@@ -9,6 +9,7 @@ use super::{
     attach::{Value, attach, saved, with_values},
     composed,
     gemm::{Mat, Packed, Start, multiply},
+    tape::is_tracked,
 };
 
 /// Kernel side, stride and padding, the same in both directions.
@@ -145,7 +146,7 @@ impl FrozenConv2d {
         let shape = (plan.batch, plan.output.0, plan.output.1, self.0.out_channels);
         let n = self.0.out_channels;
         if let Some(t) = plus.per_sample
-            && (t.track_op() || t.dims() != [plan.batch, n])
+            && (is_tracked(t) || t.dims() != [plan.batch, n])
         {
             bail!("{t:?} added per sample to a convolution: it must be untracked, (batch, channels)")
         }

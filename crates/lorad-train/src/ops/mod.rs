@@ -19,6 +19,7 @@ mod linear;
 mod math;
 mod norm;
 mod pointwise;
+mod tape;
 #[cfg(test)]
 mod testing;
 
@@ -27,3 +28,4 @@ pub use conv::{Conv2dPlus, ConvGeometry, FrozenConv2d};
 pub use linear::{FrozenLinear, lora_linear};
 pub use norm::{group_norm, layer_norm};
 pub use pointwise::{Activation, activation, add, cat_channels, geglu, upsample_nearest_2x};
+pub use tape::{on_tape, reshape, segment};

@@ -1,5 +1,7 @@
 //! The levels of the UNet: residual blocks, transformers, and a change of resolution.
 
+use std::sync::Arc;
+
 use candle_core::{Result, Tensor, bail};
 
 use super::transformer::{Transformer2D, TransformerSizes};
@@ -9,6 +11,17 @@ use crate::{
     ops::{self, Conv2dPlus, ConvGeometry},
 };
 
+/// What every layer of one forward pass reads.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pass<'a> {
+    /// `(b, time width)`, SiLU applied.
+    pub(super) time: &'a Tensor,
+    /// `(b, l, d)`.
+    pub(super) context: &'a Tensor,
+    /// Gradient checkpointing: layers compute their activations again for the backward.
+    pub(super) recompute: bool,
+}
+
 /// A residual block and the transformer after it, where the level has one.
 #[derive(Debug)]
 struct Layer {
@@ -17,13 +30,32 @@ struct Layer {
 }
 
 impl Layer {
-    fn load(params: &Params<'_>, j: usize, resnet: ResnetSizes, transformer: Option<TransformerSizes>) -> Result<Self> {
-        Ok(Self {
+    fn load(
+        params: &Params<'_>,
+        j: usize,
+        resnet: ResnetSizes,
+        transformer: Option<TransformerSizes>,
+    ) -> Result<Arc<Self>> {
+        Ok(Arc::new(Self {
             resnet: ResnetBlock::load(&params.at(format_args!("resnets.{j}")), resnet)?,
             attention: transformer
                 .map(|sizes| Transformer2D::load(&params.at(format_args!("attentions.{j}")), sizes))
                 .transpose()?,
-        })
+        }))
+    }
+
+    /// [`Self::forward`] as a segment of the tape: on `x`, or on `x` and `skip` side by side.
+    fn segment(self: &Arc<Self>, x: &Tensor, skip: Option<&Tensor>, pass: &Pass<'_>) -> Result<Tensor> {
+        let (this, time, context) = (Arc::clone(self), pass.time.clone(), pass.context.clone());
+        let run = move |inputs: &[Tensor]| match inputs {
+            [x, skip] => this.forward(&ops::cat_channels(x, skip)?, &time, &context),
+            [x, ..] => this.forward(x, &time, &context),
+            [] => bail!("a layer without an input"),
+        };
+        match skip {
+            Some(skip) => ops::segment(&[x, skip], pass.recompute, run),
+            None => ops::segment(&[x], pass.recompute, run),
+        }
     }
 
     fn forward(&self, x: &Tensor, time: &Tensor, context: &Tensor) -> Result<Tensor> {
@@ -41,7 +73,7 @@ impl Layer {
 /// diffusers v0.42.1 `models/unets/unet_2d_blocks.py`.
 #[derive(Debug)]
 pub(super) struct DownBlock {
-    layers: Vec<Layer>,
+    layers: Vec<Arc<Layer>>,
     downsampler: Option<Conv2d>,
 }
 
@@ -69,15 +101,9 @@ impl DownBlock {
     }
 
     /// Pushes every intermediate result, for the way up.
-    pub(super) fn forward(
-        &self,
-        mut x: Tensor,
-        time: &Tensor,
-        context: &Tensor,
-        skips: &mut Vec<Tensor>,
-    ) -> Result<Tensor> {
+    pub(super) fn forward(&self, mut x: Tensor, pass: &Pass<'_>, skips: &mut Vec<Tensor>) -> Result<Tensor> {
         for layer in &self.layers {
-            x = layer.forward(&x, time, context)?;
+            x = layer.segment(&x, None, pass)?;
             skips.push(x.clone());
         }
         if let Some(conv) = &self.downsampler {
@@ -91,7 +117,7 @@ impl DownBlock {
 /// `UNetMidBlock2DCrossAttn`.
 #[derive(Debug)]
 pub(super) struct MidBlock {
-    first: Layer,
+    first: Arc<Layer>,
     second: ResnetBlock,
 }
 
@@ -103,15 +129,16 @@ impl MidBlock {
         })
     }
 
-    pub(super) fn forward(&self, x: &Tensor, time: &Tensor, context: &Tensor) -> Result<Tensor> {
-        self.second.forward(&self.first.forward(x, time, context)?, Some(time))
+    pub(super) fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+        self.second
+            .forward(&self.first.segment(x, None, pass)?, Some(pass.time))
     }
 }
 
 /// `UpBlock2D` or `CrossAttnUpBlock2D`.
 #[derive(Debug)]
 pub(super) struct UpBlock {
-    layers: Vec<Layer>,
+    layers: Vec<Arc<Layer>>,
     upsampler: Option<Conv2d>,
 }
 
@@ -141,18 +168,12 @@ impl UpBlock {
         })
     }
 
-    pub(super) fn forward(
-        &self,
-        mut x: Tensor,
-        time: &Tensor,
-        context: &Tensor,
-        skips: &mut Vec<Tensor>,
-    ) -> Result<Tensor> {
+    pub(super) fn forward(&self, mut x: Tensor, pass: &Pass<'_>, skips: &mut Vec<Tensor>) -> Result<Tensor> {
         for layer in &self.layers {
             let Some(skip) = skips.pop() else {
                 bail!("the way up has more layers than the way down has results")
             };
-            x = layer.forward(&ops::cat_channels(&x, &skip)?, time, context)?;
+            x = layer.segment(&x, Some(&skip), pass)?;
         }
         match &self.upsampler {
             Some(conv) => conv.forward(&ops::upsample_nearest_2x(&x)?, Conv2dPlus::default()),

@@ -56,11 +56,13 @@ impl Transformer2D {
     /// `x` (b, h, w, c); `context` (b, l, d) -> as `x`.
     pub(super) fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
         let (b, h, w, c) = x.dims4()?;
-        let mut tokens = self.proj_in.forward(&self.norm.forward(x)?.reshape((b, h * w, c))?)?;
+        let mut tokens = self
+            .proj_in
+            .forward(&ops::reshape(&self.norm.forward(x)?, (b, h * w, c))?)?;
         for block in &self.transformer_blocks {
             tokens = block.forward(&tokens, context)?;
         }
-        ops::add(&self.proj_out.forward(&tokens)?.reshape((b, h, w, c))?, x)
+        ops::add(&ops::reshape(&self.proj_out.forward(&tokens)?, (b, h, w, c))?, x)
     }
 }
 
