@@ -8,6 +8,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -16,14 +17,18 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from diffusers.optimization import get_scheduler
+from diffusers.optimization import get_polynomial_decay_schedule_with_warmup, get_scheduler
+from diffusers.training_utils import EMAModel
+from lion_pytorch import Lion
+from prodigyopt import Prodigy
+from transformers.optimization import Adafactor
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from pipelines import DEMO, GOLDEN, REPO, TARGETS, generator, load_pipeline, make_tiny_sd1, make_tiny_sd2, set_deterministic
 
 PIPELINES = ("tiny-sd1", "tiny-sd2", "demo")
-PARTS = ("model", "optim", "tokens", "text", "vae", "unet", "grads", "ddim", "schedule", "curve")
+PARTS = ("model", "optim", "tokens", "text", "vae", "unet", "grads", "ddim", "schedule", "curve", "losses")
 
 TEXTS = [
     "",
@@ -317,23 +322,148 @@ def make_curve(pipe, name: str, out: Path) -> None:
     save_json(out / "curves.json", described)
 
 
+# --- 50 steps with other losses ----------------------------------------------------------------------------------
+
+# What differs from the plain mean squared error; names as in lorad's schema. The first is plain, as a control.
+LOSSES = {
+    "tiny-sd1": {
+        "plain": {},
+        "snr": dict(snr_gamma=5.0),
+        "debiased": dict(debiased_estimation_loss=True),
+        "offset": dict(noise_offset=0.1),
+        "huber-snr": dict(loss_type="huber", huber_schedule="snr", huber_c=0.1),
+        "huber-constant": dict(loss_type="huber", huber_schedule="constant", huber_c=0.2, huber_scale=1.5),
+        "smooth-l1-exponential": dict(loss_type="smooth_l1", huber_schedule="exponential", huber_c=0.1),
+        "prior": dict(prior_loss_weight=0.5),
+        "masked": dict(masked_loss=True),
+    },
+    "tiny-sd2": {
+        "snr": dict(snr_gamma=5.0),
+        "debiased": dict(debiased_estimation_loss=True),
+        "zero-snr": dict(zero_terminal_snr=True, snr_gamma=5.0),
+    },
+}
+
+
+def loss_inputs(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Offsets per sample and channel, and a mask with a smooth edge."""
+    steps, batch, c, h, w = x["noise"].shape
+    g = generator(12)
+    mask = (torch.rand(steps, batch, 1, h, w, generator=g) * 2 - 0.5).clamp(0, 1)
+    return {"offset": torch.randn(steps, batch, c, 1, 1, generator=g), "mask": mask}
+
+
+def loss_of(scheduler, y, target, t, options: dict, mask) -> torch.Tensor:
+    """The loss of one batch.
+
+    Huber, smooth L1, their thresholds, the debiased weight, masks and per-sample weights: kohya-ss/sd-scripts
+    library/train_util.py (get_huber_threshold_if_needed, conditional_loss) and library/custom_train_functions.py.
+    SNR weight: diffusers examples/text_to_image/train_text_to_image_lora.py; kohya's is the same.
+    """
+    acp = scheduler.alphas_cumprod[t]
+    snr = acp / (1 - acp)
+    kind = options.get("loss_type", "l2")
+    y, target = y.float(), target.float()
+    if kind == "l2":
+        loss = torch.nn.functional.mse_loss(y, target, reduction="none")
+    else:
+        c, scale = options["huber_c"], options.get("huber_scale", 1.0)
+        schedule = options["huber_schedule"]
+        if schedule == "constant":
+            c = torch.full((len(t),), c * scale)
+        elif schedule == "exponential":
+            c = torch.exp(math.log(c) / scheduler.config.num_train_timesteps * t) * scale
+        else:
+            sigmas = ((1 - acp) / acp) ** 0.5
+            c = (1 - c) / (1 + sigmas) ** 2 + c
+        c = c.view(-1, 1, 1, 1)
+        loss = torch.sqrt((y - target) ** 2 + c ** 2) - c
+        loss = 2 * c * loss if kind == "huber" else 2 * loss
+    if options.get("masked_loss"):
+        loss = loss * mask
+    loss = loss.mean([1, 2, 3])
+    if "prior_loss_weight" in options:  # the second half of each batch are regularisation images
+        weights = torch.ones(len(t))
+        weights[len(t) // 2:] = options["prior_loss_weight"]
+        loss = loss * weights
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    if "snr_gamma" in options:
+        weight = torch.stack([snr, options["snr_gamma"] * torch.ones_like(snr)], dim=1).min(dim=1)[0]
+        loss = loss * (weight / (snr + 1) if velocity else weight / snr)
+    if options.get("debiased_estimation_loss"):
+        capped = snr.clamp(max=1000)
+        loss = loss * (1 / (capped + 1) if velocity else 1 / capped.sqrt())
+    return loss.mean()
+
+
+def make_losses(pipe, name: str, out: Path) -> None:
+    if name not in LOSSES:
+        return
+    x = curve_inputs(pipe, name)
+    extra = loss_inputs(x)
+    save(out / "loss-inputs.safetensors", extra)
+    rank = 4
+    described = {"rank": rank, "alpha": 8.0, "preset": "attention", "learning_rate": 1e-3, "max_grad_norm": 1.0, "curves": {}}
+    for curve, options in LOSSES[name].items():
+        scheduler = pipe.scheduler
+        if options.get("zero_terminal_snr"):
+            scheduler = type(scheduler).from_config({**scheduler.config, "rescale_betas_zero_snr": True})
+        params = attach(pipe.unet, "attention", rank, 8.0)
+        fill(params, rank, seed=9, b_std=0.0)
+        if curve == next(iter(LOSSES[name])):
+            save(out / "loss-initial.safetensors", {n: p.data for n, p in params.items() if ".lora_A." in n})
+        optimizer = torch.optim.AdamW(list(params.values()), lr=1e-3, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+        losses, norms = [], []
+        for step in range(CURVE_STEPS):
+            items, t = x["items"][step], x["timesteps"][step]
+            if options.get("zero_terminal_snr") and step == 0:
+                t = t.clone()
+                t[0] = 999  # the timestep without any signal
+            latents, noise = x["latents"][items], x["noise"][step]
+            noise = noise + options.get("noise_offset", 0.0) * extra["offset"][step]
+            y = pipe.unet(scheduler.add_noise(latents, noise, t), t, x["encoder_hidden_states"][items]).sample
+            loss = loss_of(scheduler, y, target_of(scheduler, latents, noise, t), t, options, extra["mask"][step])
+            loss.backward()
+            losses.append(loss.item())
+            norms.append(torch.nn.utils.clip_grad_norm_(list(params.values()), 1.0).item())
+            optimizer.step()
+            optimizer.zero_grad()
+        described["curves"][curve] = {"options": options, "loss": losses, "grad_norm": norms}
+        pipe.unet.delete_adapters("default")
+        print(f"  {name} {curve}: loss {losses[0]:.4f} -> {losses[-1]:.4f}")
+    save_json(out / "losses.json", described)
+
+
 # --- the optimizer alone -----------------------------------------------------------------------------------------
 
 
 def make_optim(out: Path) -> None:
-    """Learning rates of diffusers' schedules, and AdamW on two small tensors with gradients that jump in size."""
+    """Learning rates of diffusers' schedules, AdamW on two small tensors with gradients that jump in size, the other
+    optimizers on a quadratic, and a moving average."""
     schedules = []
-    for name, reference in (("constant", "constant_with_warmup"), ("linear", "linear"), ("cosine", "cosine")):
+    extra = dict(lr_num_cycles=3, lr_power=2.0, lr_end=1e-5)
+    for name, reference, options in (
+        ("constant", "constant_with_warmup", {}), ("linear", "linear", {}), ("cosine", "cosine", {}),
+        ("cosine_with_restarts", "cosine_with_restarts", {"num_cycles": extra["lr_num_cycles"]}),
+        ("polynomial", "polynomial", {"power": extra["lr_power"], "lr_end": extra["lr_end"]}),
+    ):
         for warmup, total in ((0, 10), (4, 20), (20, 20)):
             p = torch.nn.Parameter(torch.zeros(1))
             optimizer = torch.optim.AdamW([p], lr=2e-3)
-            s = get_scheduler(reference, optimizer=optimizer, num_warmup_steps=warmup, num_training_steps=total)
+            if "power" in options:  # get_scheduler does not pass lr_end on
+                if warmup == total:
+                    continue  # divides by zero there
+                s = get_polynomial_decay_schedule_with_warmup(optimizer, warmup, total, **options)
+            else:
+                s = get_scheduler(
+                    reference, optimizer=optimizer, num_warmup_steps=warmup, num_training_steps=total, **options)
             lrs = []
             for _ in range(total):
                 lrs.append(s.get_last_lr()[0])
                 optimizer.step()
                 s.step()
-            schedules.append({"lr_scheduler": name, "learning_rate": 2e-3, "lr_warmup_steps": warmup, "total_steps": total, "lr": lrs})
+            schedules.append({
+                "lr_scheduler": name, "learning_rate": 2e-3, "lr_warmup_steps": warmup, "total_steps": total, **extra, "lr": lrs})
     save_json(out / "lr.json", schedules)
 
     g = generator(10)
@@ -353,12 +483,61 @@ def make_optim(out: Path) -> None:
     save_json(out / "adamw.json", {
         "learning_rate": 1e-2, "beta1": 0.85, "beta2": 0.97, "eps": 1e-6, "weight_decay": 0.1, "max_grad_norm": 1.5, "steps": 8})
 
+    # Options in lorad's names; `weight_decay` is always given, since defaults differ.
+    cases = {
+        "lion": dict(optimizer="lion", learning_rate=3e-3, weight_decay=0.0),
+        "lion-decay": dict(optimizer="lion", learning_rate=3e-3, weight_decay=0.5, adam_beta1=0.8, adam_beta2=0.95),
+        "adafactor": dict(optimizer="adafactor", learning_rate=1e-2, weight_decay=0.0),
+        "adafactor-decay": dict(optimizer="adafactor", learning_rate=1e-2, weight_decay=0.3),
+        "prodigy": dict(optimizer="prodigy", learning_rate=1.0, weight_decay=0.0),
+        "prodigy-options": dict(
+            optimizer="prodigy", learning_rate=0.5, weight_decay=0.02, adam_beta2=0.99, prodigy_d0=1e-4, prodigy_d_coef=0.8,
+            prodigy_use_bias_correction=True, prodigy_safeguard_warmup=True),
+        "sgd": dict(optimizer="sgd", learning_rate=1e-3, weight_decay=0.0, sgd_momentum=0.9),
+        "sgd-nesterov": dict(optimizer="sgd", learning_rate=1e-3, weight_decay=0.3, sgd_momentum=0.8, sgd_nesterov=True),
+    }
+    tensors = {f"initial.{n}": tensors[f"initial.{n}"] for n in params}
+    for n, p in params.items():
+        tensors[f"curvature.{n}"] = 10.0 ** (torch.rand(p.shape, generator=g) * 3 - 1)
+        tensors[f"centre.{n}"] = torch.randn(p.shape, generator=g) * 3
+    for case, o in cases.items():
+        ps = {n: torch.nn.Parameter(tensors[f"initial.{n}"].clone()) for n in params}
+        lr, wd = o["learning_rate"], o["weight_decay"]
+        optimizer = {
+            "lion": lambda: Lion(ps.values(), lr=lr, weight_decay=wd, betas=(o.get("adam_beta1", 0.9), o.get("adam_beta2", 0.99))),
+            "adafactor": lambda: Adafactor(ps.values(), lr=lr, weight_decay=wd, scale_parameter=False, relative_step=False),
+            "prodigy": lambda: Prodigy(
+                ps.values(), lr=lr, weight_decay=wd, betas=(0.9, o.get("adam_beta2", 0.999)), d0=o.get("prodigy_d0", 1e-6),
+                d_coef=o.get("prodigy_d_coef", 1.0), use_bias_correction=o.get("prodigy_use_bias_correction", False),
+                safeguard_warmup=o.get("prodigy_safeguard_warmup", False)),
+            "sgd": lambda: torch.optim.SGD(
+                ps.values(), lr=lr, weight_decay=wd, momentum=o["sgd_momentum"], nesterov=o.get("sgd_nesterov", False)),
+        }[o["optimizer"]]()
+        for step in range(1, 101):
+            for n, p in ps.items():
+                p.grad = (p.data - tensors[f"centre.{n}"]) * tensors[f"curvature.{n}"]
+            optimizer.step()
+            if step % 20 == 0:
+                for n, p in ps.items():
+                    tensors[f"{case}.{step}.{n}"] = p.data.clone()
+    ps = {n: torch.nn.Parameter(tensors[f"initial.{n}"].clone()) for n in params}
+    ema = EMAModel(list(ps.values()), decay=0.9)
+    for step in range(1, 21):
+        for n, p in ps.items():
+            p.data = torch.randn(p.shape, generator=g)
+            tensors[f"ema.in.{step}.{n}"] = p.data.clone()
+        ema.step(list(ps.values()))
+    for n, average in zip(ps, ema.shadow_params):
+        tensors[f"ema.out.{n}"] = average
+    save(out / "others.safetensors", tensors)
+    save_json(out / "others.json", cases)
+
 
 # --- driver ------------------------------------------------------------------------------------------------------
 
 MAKERS = {
     "tokens": make_tokens, "text": make_text, "vae": make_vae, "unet": make_unet, "grads": make_grads,
-    "ddim": make_ddim, "schedule": make_schedule, "curve": make_curve,
+    "ddim": make_ddim, "schedule": make_schedule, "curve": make_curve, "losses": make_losses,
 }
 
 

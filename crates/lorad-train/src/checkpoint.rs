@@ -74,6 +74,11 @@ pub struct Snapshot {
     pub optimizer: BTreeMap<String, Tensor>,
 }
 
+/// Name of the directory that holds a step.
+pub fn dir_name(step: u64) -> String {
+    format!("{step:08}")
+}
+
 /// Writes a snapshot under `root`, durably and at once: temporary directory, fsync of each file, manifest, rename, fsync
 /// of the parent.
 ///
@@ -82,7 +87,7 @@ pub struct Snapshot {
 pub fn write(root: &Path, snapshot: &Snapshot) -> Result<Written> {
     fs::create_dir_all(root).map_err(TrainError::io("create", root))?;
     let step = snapshot.state.step;
-    let dir = format!("{step:08}");
+    let dir = dir_name(step);
     let tmp = root.join(format!("{TMP_PREFIX}{dir}"));
     if tmp.exists() {
         fs::remove_dir_all(&tmp).map_err(TrainError::io("remove", &tmp))?;
@@ -197,7 +202,7 @@ pub fn newest_verified(root: &Path) -> Option<PathBuf> {
     steps
         .into_iter()
         .rev()
-        .map(|step| root.join(format!("{step:08}")))
+        .map(|step| root.join(dir_name(step)))
         .find(|dir| verify(dir).is_ok())
 }
 
@@ -242,7 +247,7 @@ pub fn expired(steps: &[u64], keep: usize) -> Vec<u64> {
 /// What could not be removed.
 pub fn prune(root: &Path, keep: usize) -> Result<()> {
     for step in expired(&list(root), keep) {
-        let dir = root.join(format!("{step:08}"));
+        let dir = root.join(dir_name(step));
         fs::remove_dir_all(&dir).map_err(TrainError::io("remove", &dir))?;
     }
     Ok(())

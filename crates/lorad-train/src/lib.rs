@@ -17,6 +17,7 @@ pub mod lora;
 pub mod nn;
 pub mod ops;
 pub mod optim;
+pub mod rescue;
 pub mod rng;
 pub mod run;
 pub mod schema;
@@ -24,5 +25,6 @@ pub mod selfcheck;
 pub mod state;
 pub mod step;
 pub mod task;
+pub mod validation;
 
 pub use error::{Result, TrainError};

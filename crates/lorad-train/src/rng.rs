@@ -17,6 +17,8 @@ use sha2::{Digest, Sha256};
 pub enum Purpose {
     /// Diffusion noise of one training sample.
     Noise,
+    /// What `noise_offset` adds to the noise of one training sample.
+    NoiseOffset,
     /// Diffusion timestep of one training sample.
     Timestep,
     /// The draw from the VAE's posterior of one training sample.
@@ -31,6 +33,8 @@ pub enum Purpose {
     Init,
     /// The order of the items in one epoch.
     Order,
+    /// Which items are held out (counter 0), and noise and timestep of one evaluation of one of them (counter from 1).
+    Validation,
     /// Displacements of the gradient self-check; the counter is [`name_counter`] of the tensor's name.
     SelfCheck,
     /// Initial noise of one sample picture; the counter is 0 and the seed is the picture's.
@@ -42,6 +46,7 @@ impl Purpose {
     const fn tag(self) -> [u8; 16] {
         match self {
             Self::Noise => *b"lorad/noise.....",
+            Self::NoiseOffset => *b"lorad/offset....",
             Self::Timestep => *b"lorad/timestep..",
             Self::Posterior => *b"lorad/posterior.",
             Self::Crop => *b"lorad/crop......",
@@ -49,6 +54,7 @@ impl Purpose {
             Self::CaptionDropout => *b"lorad/cap-drop..",
             Self::Init => *b"lorad/init......",
             Self::Order => *b"lorad/order.....",
+            Self::Validation => *b"lorad/validation",
             Self::SelfCheck => *b"lorad/selfcheck.",
             Self::Sample => *b"lorad/sample....",
         }

@@ -4,12 +4,14 @@
 //! steps, draw again, export.
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::PathBuf,
     sync::Once,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
+use candle_core::Tensor;
 use lorad_proto::{
     PROTOCOL_VERSION,
     command::Command,
@@ -26,14 +28,13 @@ use crate::{
     checkpoint::{self, Snapshot},
     data::Order,
     device,
-    optim::{
-        AdamWConfig,
-        schedule::{LrScheduler, learning_rate},
-    },
+    optim::{ema::Ema, fields::OptimizerSettings, schedule::LrSchedule},
+    rescue::{self, Verdict},
     selfcheck,
     state::TrainState,
     step::{StepConfig, Stepper},
     task::{ExportContext, Family, Prompt, Reporter, Task},
+    validation::{Course, Publish, Validation, ValidationSettings},
 };
 
 /// The hyperparameters that the loop itself reads; a family may have more.
@@ -43,18 +44,17 @@ struct LoopSettings {
     num_epochs: Option<u64>,
     batch_size: usize,
     gradient_accumulation_steps: usize,
-    learning_rate: f64,
-    lr_scheduler: LrScheduler,
-    lr_warmup_steps: u64,
-    adam_beta1: f64,
-    adam_beta2: f64,
-    adam_epsilon: f64,
-    weight_decay: f64,
+    #[serde(flatten)]
+    lr: LrSchedule,
+    #[serde(flatten)]
+    optimizer: OptimizerSettings,
     l2_lambda: f64,
-    max_grad_norm: f64,
     seed: u64,
     checkpoint_every_steps: u64,
     keep_checkpoints: usize,
+    #[serde(flatten)]
+    validation: ValidationSettings,
+    self_rescue: bool,
 }
 
 /// Runs one attempt at a job and returns its final event: `Done`, `Failed` or `Stopped`. `Hello` and the final event are
@@ -128,25 +128,21 @@ fn attempt(family: &dyn Family, spec: &AttemptSpec, reporter: &dyn Reporter, rea
     reporter.phase(Phase::CheckingGradients, 1, 1);
     reporter.check_stop()?;
 
-    // --- the base model's pictures ---
+    // --- the base model's pictures and its loss on held-out items ---
     if run.state.step == 0 {
         run.draw(0, false)?;
+        run.state.validation = run.validate(false)?.map(|v| Course::new(v.loss));
     }
+    run.origin = Some(run.snapshot()?);
 
     // --- train ---
-    while run.state.step < total_steps {
+    while run.state.step < total_steps && !run.out_of_patience() {
         if let Some(stopped) = run.obey(reporter.command())? {
             return Ok(stopped);
         }
         let started = Instant::now();
         let step = run.state.step + 1;
-        let lr = learning_rate(
-            run.settings.lr_scheduler,
-            run.settings.learning_rate,
-            run.settings.lr_warmup_steps,
-            total_steps,
-            step,
-        );
+        let lr = run.settings.lr.at(step, total_steps) * run.state.lr_factor;
         let window = order.window(step, run.state.cursor);
         let n_samples = window.n_samples;
         let losses = window
@@ -157,11 +153,19 @@ fn attempt(family: &dyn Family, spec: &AttemptSpec, reporter: &dyn Reporter, rea
         let elapsed = started.elapsed();
         run.state.train_ms += u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
         let finite = |v: f64| v.is_finite().then_some(v);
+        let mut extra = BTreeMap::new();
+        if run.settings.l2_lambda > 0.0 {
+            extra.insert("l2_penalty".to_owned(), outcome.l2_penalty);
+        }
         if outcome.applied {
             run.state.step = step;
             *reached = step;
             run.state.cursor += n_samples as u64;
             run.state.last_loss = finite(outcome.loss);
+            if let Some(ema) = &mut run.ema {
+                ema.update(&run.stepper.optimizer, step)?;
+            }
+            extra.extend(run.validate_if_due(step, total_steps)?);
         }
         reporter.emit(WorkerEvent::Step(StepMetrics {
             step,
@@ -172,23 +176,24 @@ fn attempt(family: &dyn Family, spec: &AttemptSpec, reporter: &dyn Reporter, rea
             grad_norm: finite(outcome.grad_norm),
             step_ms: elapsed.as_secs_f64() * 1e3,
             samples_per_s: n_samples as f64 / elapsed.as_secs_f64(),
-            extra: if run.settings.l2_lambda > 0.0 {
-                [("l2_penalty".to_owned(), outcome.l2_penalty)].into()
-            } else {
-                Default::default()
-            },
+            extra,
         }));
-        if !outcome.applied {
-            return Err(run.not_finite(step, lr)?);
+        let loss = outcome.applied.then_some(outcome.loss);
+        let verdict = run.state.health.observe(step, loss, task.trivial_loss());
+        if verdict != Verdict::Healthy {
+            run.rescue(step, lr, verdict)?;
+            *reached = run.state.step;
+            continue;
         }
         let due = |every: u64| every > 0 && step.is_multiple_of(every);
-        if due(run.settings.checkpoint_every_steps) {
+        if due(run.settings.checkpoint_every_steps) || run.save_soon {
             run.save()?;
         }
         if due(spec.sampling.every_steps) && step < total_steps {
             run.draw(step, true)?;
         }
     }
+    run.choose_result();
 
     // --- the adapter's pictures, and the files ---
     run.draw(run.state.step, true)?;
@@ -205,6 +210,9 @@ fn use_threads(threads: Option<usize>) {
     }
 }
 
+/// State of the best adapter in a checkpoint: `<tensor>.best`.
+const BEST: &str = "best";
+
 /// An attempt under way.
 struct Run<'a> {
     spec: &'a AttemptSpec,
@@ -212,12 +220,22 @@ struct Run<'a> {
     task: &'a dyn Task,
     reporter: &'a dyn Reporter,
     stepper: Stepper,
+    /// What pictures and files show instead of the newest values, if the job wants it.
+    ema: Option<Ema>,
     state: TrainState,
     /// Newest served requests, so that a command that is told twice is obeyed once.
     served_checkpoint: u64,
     served_sample: u64,
     /// Step of the newest checkpoint.
     saved_at: Option<u64>,
+    /// A checkpoint is owed after the next step: a rescue must not be forgotten.
+    save_soon: bool,
+    /// Where this attempt began, for a rescue that finds no checkpoint.
+    origin: Option<Snapshot>,
+    /// What was shown after the best validation, flat.
+    best: Option<Tensor>,
+    /// Whether training is over and the best adapter is the result.
+    best_is_result: bool,
 }
 
 impl<'a> Run<'a> {
@@ -228,20 +246,21 @@ impl<'a> Run<'a> {
         reporter: &'a dyn Reporter,
     ) -> Result<Self> {
         let config = StepConfig {
-            adamw: AdamWConfig {
-                beta1: settings.adam_beta1,
-                beta2: settings.adam_beta2,
-                epsilon: settings.adam_epsilon,
-                weight_decay: settings.weight_decay,
-            },
-            max_grad_norm: settings.max_grad_norm,
+            optimizer: settings.optimizer.config(),
+            max_grad_norm: settings.optimizer.max_grad_norm,
             l2_lambda: settings.l2_lambda,
         };
         let mut fingerprints = task.fingerprints();
         let text = serde_json::Value::from(spec.hyperparameters.clone()).to_string();
         fingerprints.insert("hyperparameters".to_owned(), hex::encode(Sha256::digest(text)));
+        let stepper = Stepper::new(task.adapters(), config)?;
+        let ema = match settings.optimizer.ema_decay {
+            0.0 => None,
+            decay => Some(Ema::new(&stepper.optimizer, decay)?),
+        };
         Ok(Self {
-            stepper: Stepper::new(task.adapters(), config)?,
+            stepper,
+            ema,
             state: TrainState {
                 started_at_ms: now_ms(),
                 fingerprints,
@@ -254,6 +273,10 @@ impl<'a> Run<'a> {
             served_checkpoint: 0,
             served_sample: 0,
             saved_at: None,
+            save_soon: false,
+            origin: None,
+            best: None,
+            best_is_result: false,
         })
     }
 
@@ -284,31 +307,45 @@ impl<'a> Run<'a> {
             .with_hint("Start the job anew, or restore the settings, base model and dataset that it was made with.")
             .into());
         }
-        for (name, var) in self.task.adapters().named_vars() {
-            let Some(tensor) = adapter.get(&name) else {
-                return Err(Problem::new(
-                    "checkpoint.damaged",
-                    "The checkpoint is damaged",
-                    format!("{} has no tensor {name}.", dir.display()),
-                )
-                .into());
-            };
-            var.set(&tensor.to_device(var.device())?)?;
-        }
-        self.stepper.optimizer.load_state(&optimizer, state.step)?;
-        self.saved_at = Some(state.step);
-        self.state = state;
+        self.restore(Snapshot {
+            state,
+            adapter,
+            optimizer,
+        })?;
+        self.saved_at = Some(self.state.step);
         self.reporter
             .log(Level::Info, &format!("continuing after step {}", self.state.step));
         Ok(())
     }
 
-    /// Writes a checkpoint, announces it, and deletes the oldest beyond the number to keep.
-    fn save(&mut self) -> Result<()> {
-        if self.saved_at == Some(self.state.step) {
-            return Ok(());
+    /// Takes over everything that a checkpoint holds.
+    fn restore(&mut self, snapshot: Snapshot) -> Result<()> {
+        for (name, var) in self.task.adapters().named_vars() {
+            let Some(tensor) = snapshot.adapter.get(&name) else {
+                return Err(Problem::new(
+                    "checkpoint.damaged",
+                    "The checkpoint is damaged",
+                    format!("It has no tensor {name}."),
+                )
+                .into());
+            };
+            var.set(&tensor.to_device(var.device())?)?;
         }
-        // Copies: `Var::set` writes in place.
+        self.stepper
+            .optimizer
+            .load_state(&snapshot.optimizer, snapshot.state.step)?;
+        if let Some(ema) = &mut self.ema {
+            ema.load(&self.stepper.optimizer, &snapshot.optimizer)?;
+        }
+        if snapshot.state.validation.as_ref().is_some_and(|v| v.best_step > 0) {
+            self.best = Some(self.stepper.optimizer.layout().join(BEST, &snapshot.optimizer)?);
+        }
+        self.state = snapshot.state;
+        Ok(())
+    }
+
+    /// Everything that training continues from, as copies: `Var::set` writes in place.
+    fn snapshot(&self) -> Result<Snapshot> {
         let adapter = self
             .task
             .adapters()
@@ -316,14 +353,30 @@ impl<'a> Run<'a> {
             .into_iter()
             .map(|(name, var)| Ok((name, var.as_detached_tensor().copy()?)))
             .collect::<Result<_>>()?;
-        let snapshot = Snapshot {
+        let mut optimizer = self.stepper.optimizer.state()?;
+        if let Some(ema) = &self.ema {
+            optimizer.extend(ema.state(&self.stepper.optimizer)?);
+        }
+        if let Some(best) = &self.best {
+            optimizer.extend(self.stepper.optimizer.layout().split(BEST, best)?);
+        }
+        Ok(Snapshot {
             state: self.state.clone(),
             adapter,
-            optimizer: self.stepper.optimizer.state()?,
-        };
+            optimizer,
+        })
+    }
+
+    /// Writes a checkpoint, announces it, and deletes the oldest beyond the number to keep.
+    fn save(&mut self) -> Result<()> {
+        if self.saved_at == Some(self.state.step) {
+            return Ok(());
+        }
+        let snapshot = self.snapshot()?;
         let root = self.checkpoints();
         let written = checkpoint::write(&root, &snapshot)?;
         self.saved_at = Some(self.state.step);
+        self.save_soon = false;
         self.reporter.emit(WorkerEvent::Checkpoint {
             step: self.state.step,
             dir: written.dir,
@@ -363,6 +416,7 @@ impl<'a> Run<'a> {
             }
             Command::Cancel { save } => {
                 let results = if save && step > 0 {
+                    self.choose_result();
                     let order = Order::new(self.settings.seed, self.task.n_items(), 1, 1);
                     Some(self.export(&order)?)
                 } else {
@@ -371,6 +425,150 @@ impl<'a> Run<'a> {
                 stopped(step, StopReason::Cancelled, results)
             }
         }
+    }
+
+    /// The adapter that pictures and files show, flat: the best one once training is over, the moving average if there is
+    /// one; `None`: the newest.
+    fn shown_values(&self) -> Option<&Tensor> {
+        let best = self.best.as_ref().filter(|_| self.best_is_result);
+        best.or_else(|| self.ema.as_ref().map(Ema::average))
+    }
+
+    /// Runs `work` with the adapter that pictures and files show.
+    fn shown<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        match self.shown_values() {
+            Some(values) => self.stepper.optimizer.lend(values, work),
+            None => work(),
+        }
+    }
+
+    /// Loss on the held-out items; `None` if there are none.
+    fn validate(&self, with_adapter: bool) -> Result<Option<Validation>> {
+        let mut on_progress = || self.stop_if_cancelled();
+        self.shown(|| self.task.validate(with_adapter, &mut on_progress))
+    }
+
+    /// Validates if it is time; the figures, for the step's metrics.
+    fn validate_if_due(&mut self, step: u64, total_steps: u64) -> Result<BTreeMap<String, f64>> {
+        let every = self.settings.validation.validation_every_steps;
+        if self.state.validation.is_none() || !(step.is_multiple_of(every) || step == total_steps) {
+            return Ok(BTreeMap::new());
+        }
+        let Some(found) = self.validate(true)? else {
+            return Ok(BTreeMap::new());
+        };
+        let best = match self.shown_values() {
+            Some(values) => values.clone(),
+            None => self.stepper.optimizer.flat_parameters()?,
+        };
+        let Some(course) = &mut self.state.validation else {
+            return Ok(BTreeMap::new());
+        };
+        let mut figures = BTreeMap::from([
+            ("validation_loss".to_owned(), found.loss),
+            ("base_validation_loss".to_owned(), course.baseline),
+        ]);
+        figures.extend(
+            (1..)
+                .zip(&found.bins)
+                .map(|(i, loss)| (format!("validation_loss_t{i}"), *loss)),
+        );
+        if course.observe(step, found.loss) {
+            self.best = Some(best);
+        }
+        Ok(figures)
+    }
+
+    fn out_of_patience(&self) -> bool {
+        let patience = self.settings.validation.early_stopping_patience;
+        self.state.validation.as_ref().is_some_and(|v| v.exhausted(patience))
+    }
+
+    /// Training is over: says why, if early, and which adapter is the result.
+    fn choose_result(&mut self) {
+        let Some(course) = &self.state.validation else { return };
+        if self.out_of_patience() {
+            self.reporter.emit(WorkerEvent::Alert {
+                code: "training.stopped_early".to_owned(),
+                severity: Level::Info,
+                step: self.state.step,
+                detail: format!(
+                    "{} validations in a row found nothing better than step {}.",
+                    course.since_best, course.best_step
+                ),
+            });
+        }
+        self.best_is_result = self.settings.validation.publish == Publish::Best && self.best.is_some();
+        if self.best_is_result && course.best_step < self.state.step {
+            self.reporter.emit(WorkerEvent::Alert {
+                code: "result.earlier_step".to_owned(),
+                severity: Level::Info,
+                step: course.best_step,
+                detail: format!(
+                    "The result is the adapter after step {}: its loss on held-out items was {:.4}, the least of all (base \
+                     model: {:.4}).",
+                    course.best_step, course.best_loss, course.baseline
+                ),
+            });
+        }
+    }
+
+    /// Only a plain cancel interrupts drawing and validating: everything else waits for the step boundary.
+    fn stop_if_cancelled(&self) -> Result<()> {
+        match self.reporter.command() {
+            Command::Cancel { save: false } => Err(TrainError::Stopped(StopReason::Cancelled)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Goes back to a healthy checkpoint with a smaller learning rate.
+    ///
+    /// # Errors
+    /// The failure of the run, if it has been rescued often enough or must not be.
+    fn rescue(&mut self, step: u64, lr: f64, verdict: Verdict) -> Result<()> {
+        let what = match verdict {
+            Verdict::Exploded { smoothed, reference } => {
+                format!("the smoothed loss rose to {smoothed:.3e}, from {reference:.3e}")
+            }
+            Verdict::NotFinite | Verdict::Healthy => "the loss or its gradient was not a number".to_owned(),
+        };
+        if !self.settings.self_rescue || self.state.rescues >= rescue::MAX_RESCUES {
+            return Err(self.diverged(step, lr, &what, verdict)?);
+        }
+        let root = self.checkpoints();
+        let mut steps = checkpoint::list(&root);
+        // What the attempt began with: step 0, or a checkpoint of an earlier attempt.
+        let origin = self.origin.clone();
+        steps.extend(origin.iter().map(|snapshot| snapshot.state.step));
+        let from = rescue::choose(&steps, self.state.health.calm_step);
+        let snapshot = match (from, origin) {
+            (Some(from), Some(origin)) if from == origin.state.step => origin,
+            (Some(from), _) => checkpoint::read(&root.join(checkpoint::dir_name(from)))?,
+            (None, _) => return Err(self.diverged(step, lr, &what, verdict)?),
+        };
+        let (rescues, lr_factor) = (self.state.rescues + 1, self.state.lr_factor * rescue::LR_FACTOR);
+        let train_ms = self.state.train_ms;
+        self.restore(snapshot)?;
+        self.state.rescues = rescues;
+        self.state.lr_factor = lr_factor;
+        self.state.train_ms = train_ms;
+        let back = self.state.step;
+        for unhealthy in steps.into_iter().filter(|&s| s > back) {
+            let dir = root.join(checkpoint::dir_name(unhealthy));
+            fs::remove_dir_all(&dir).map_err(TrainError::io("remove", &dir))?;
+        }
+        self.saved_at = Some(back);
+        self.save_soon = true;
+        self.reporter.emit(WorkerEvent::Alert {
+            code: "run.rescued".to_owned(),
+            severity: Level::Warn,
+            step,
+            detail: format!(
+                "At step {step}, {what}. Back to step {back} with half the learning rate ({rescues} of {} rescues).",
+                rescue::MAX_RESCUES
+            ),
+        });
+        Ok(())
     }
 
     /// Draws the job's prompts and announces the pictures.
@@ -390,13 +588,8 @@ impl<'a> Run<'a> {
             .collect();
         let total = prompts.len() as u64;
         self.reporter.phase(Phase::Sampling, 0, total);
-        let reporter = self.reporter;
-        // Only a plain cancel interrupts drawing: everything else waits for the step boundary.
-        let mut on_progress = || match reporter.command() {
-            Command::Cancel { save: false } => Err(TrainError::Stopped(StopReason::Cancelled)),
-            _ => Ok(()),
-        };
-        let pictures = self.task.sample(&prompts, sampling, with_adapter, &mut on_progress)?;
+        let mut on_progress = || self.stop_if_cancelled();
+        let pictures = self.shown(|| self.task.sample(&prompts, sampling, with_adapter, &mut on_progress))?;
         let dir = self.spec.attempt_dir.join("samples");
         fs::create_dir_all(&dir).map_err(TrainError::io("create", &dir))?;
         for (i, (picture, prompt)) in pictures.iter().zip(prompts).enumerate() {
@@ -431,13 +624,22 @@ impl<'a> Run<'a> {
             epoch,
             started_at_ms: self.state.started_at_ms,
         };
-        let files = self.task.export(&self.spec.attempt_dir.join("results"), &context)?;
-        let summary = json!({
+        let dir = self.spec.attempt_dir.join("results");
+        let files = self.shown(|| self.task.export(&dir, &context))?;
+        let mut summary = json!({
             "steps": self.state.step,
             "epoch": epoch,
             "final_loss": self.state.last_loss,
             "train_s": self.state.train_ms as f64 / 1e3,
         });
+        if let Some(course) = &self.state.validation {
+            summary["base_validation_loss"] = json!(course.baseline);
+            summary["best_validation_loss"] = json!(course.best_loss);
+            summary["best_step"] = json!(course.best_step);
+        }
+        if self.state.rescues > 0 {
+            summary["rescues"] = json!(self.state.rescues);
+        }
         self.reporter.phase(Phase::Exporting, 1, 1);
         Ok(Results {
             files,
@@ -445,17 +647,32 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// The failure of a step whose loss or gradient is not finite; the adapter before it is saved first.
-    fn not_finite(&mut self, step: u64, lr: f64) -> Result<TrainError> {
-        let mut kept = "There was no step before it to keep.".to_owned();
-        if self.state.step > 0 {
+    /// The failure of a run that no rescue helps any more, naming what is kept.
+    fn diverged(&mut self, step: u64, lr: f64, what: &str, verdict: Verdict) -> Result<TrainError> {
+        // The step that was not a number changed nothing: what was before it may still be good.
+        if verdict == Verdict::NotFinite && self.state.step > 0 {
             self.save()?;
-            kept = format!("The adapter after step {} is kept as a checkpoint.", self.state.step);
         }
+        let calm = checkpoint::list(&self.checkpoints())
+            .into_iter()
+            .filter(|&s| s <= self.state.health.calm_step)
+            .max();
+        let kept = match calm {
+            Some(step) => format!("The adapter after step {step} is kept as a checkpoint."),
+            None => "There was no good step before it to keep.".to_owned(),
+        };
+        let rescues = match self.state.rescues {
+            0 => String::new(),
+            n => format!(" {n} rescues did not help."),
+        };
+        let (code, title) = match verdict {
+            Verdict::NotFinite => ("loss.not_finite", "The loss is not a number any more"),
+            _ => ("loss.exploded", "The loss has exploded"),
+        };
         Ok(Problem::new(
-            "loss.not_finite",
-            "The loss is not a number any more",
-            format!("At step {step}, with learning rate {lr:e}, the loss or its gradient was not finite. {kept}"),
+            code,
+            title,
+            format!("At step {step}, with learning rate {lr:e}, {what}.{rescues} {kept}"),
         )
         .with_hint("Lower learning_rate (by 3 to 10 times), set max_grad_norm to 1, or look for broken pictures.")
         .into())

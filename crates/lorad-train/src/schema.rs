@@ -21,6 +21,43 @@ pub struct Field {
     pub effect: &'static str,
 }
 
+/// A field, for tables.
+pub const fn field(
+    name: &'static str,
+    kind: Kind,
+    default: &'static str,
+    unit: &'static str,
+    group: Group,
+    effect: &'static str,
+) -> Field {
+    Field {
+        name,
+        kind,
+        default,
+        unit,
+        group,
+        effect,
+    }
+}
+
+/// A number above 0.
+pub const fn positive(max: f64) -> Kind {
+    Kind::Number {
+        min: 0.0,
+        max,
+        above_min: true,
+    }
+}
+
+/// A number of at least 0.
+pub const fn not_negative(max: f64) -> Kind {
+    Kind::Number {
+        min: 0.0,
+        max,
+        above_min: false,
+    }
+}
+
 /// Type and range.
 #[derive(Debug)]
 pub enum Kind {
@@ -58,7 +95,7 @@ pub enum Group {
 }
 
 /// JSON Schema 2020-12 of the fields.
-pub fn json_schema(title: &str, fields: &[Field]) -> Value {
+pub fn json_schema(title: &str, fields: &[&Field]) -> Value {
     let mut properties = Map::new();
     for (order, field) in fields.iter().enumerate() {
         let mut property = match &field.kind {
@@ -116,7 +153,7 @@ pub fn default_of(field: &Field) -> Value {
 ///
 /// # Errors
 /// Every field at fault; pointers like `/lora_rank`.
-pub fn resolve(fields: &[Field], given: &Map<String, Value>) -> Result<Map<String, Value>, Vec<FieldError>> {
+pub fn resolve(fields: &[&Field], given: &Map<String, Value>) -> Result<Map<String, Value>, Vec<FieldError>> {
     let mut errors = Vec::new();
     for name in given.keys().filter(|name| !fields.iter().any(|f| f.name == *name)) {
         errors.push(FieldError::new(pointer(name), "unknown_field", unknown(fields, name)));
@@ -143,7 +180,7 @@ fn pointer(name: &str) -> String {
     format!("/{}", name.replace('~', "~0").replace('/', "~1"))
 }
 
-fn unknown(fields: &[Field], name: &str) -> String {
+fn unknown(fields: &[&Field], name: &str) -> String {
     let nearest = fields.iter().map(|f| (distance(f.name, name), f.name)).min();
     match nearest {
         Some((d, near)) if d <= 2.max(name.len() / 4) => {
@@ -258,8 +295,12 @@ mod tests {
         },
     ];
 
+    fn fields() -> Vec<&'static Field> {
+        FIELDS.iter().collect()
+    }
+
     fn resolved(given: &Value) -> Result<Map<String, Value>, Vec<FieldError>> {
-        resolve(FIELDS, given.as_object().unwrap())
+        resolve(&fields(), given.as_object().unwrap())
     }
 
     #[test]
@@ -306,7 +347,7 @@ mod tests {
 
     #[test]
     fn the_schema_carries_range_default_unit_and_order() {
-        let schema = json_schema("T", FIELDS);
+        let schema = json_schema("T", &fields());
         assert_eq!(schema["properties"]["lora_rank"]["maximum"], 256);
         assert_eq!(schema["properties"]["learning_rate"]["exclusiveMinimum"], 0.0);
         assert_eq!(schema["properties"]["init"]["x-order"], 2);

@@ -6,8 +6,10 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::{rescue::Health, validation::Course};
+
 /// Counters and fingerprints of a run at an optimizer-step boundary.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainState {
     /// Optimizer steps completed. Also the position of the learning-rate schedule.
@@ -20,6 +22,31 @@ pub struct TrainState {
     pub started_at_ms: i64,
     /// Mean loss of the newest step.
     pub last_loss: Option<f64>,
+    /// How the losses have been.
+    pub health: Health,
+    /// Rescues so far.
+    pub rescues: u32,
+    /// What rescues have left of the learning rate, 1 at first.
+    pub lr_factor: f64,
+    /// How the validations have been; `None`: there are none.
+    pub validation: Option<Course>,
     /// What the run depends on (settings, base model, dataset), by name. A resume with another one is refused.
     pub fingerprints: BTreeMap<String, String>,
+}
+
+impl Default for TrainState {
+    fn default() -> Self {
+        Self {
+            step: 0,
+            cursor: 0,
+            train_ms: 0,
+            started_at_ms: 0,
+            last_loss: None,
+            health: Health::default(),
+            rescues: 0,
+            lr_factor: 1.0,
+            validation: None,
+            fingerprints: BTreeMap::new(),
+        }
+    }
 }

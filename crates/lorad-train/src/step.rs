@@ -1,4 +1,4 @@
-//! One optimizer step: gradients of its micro-batches, clipping, AdamW. The only reader of device values per step.
+//! One optimizer step: gradients of its micro-batches, clipping, the optimizer. The only reader of device values per step.
 //! Called by [`crate::run`]; knows no task and no file.
 
 use candle_core::{Tensor, backprop::GradStore};
@@ -7,14 +7,14 @@ use lorad_proto::problem::Problem;
 use crate::{
     Result,
     lora::AdapterSet,
-    optim::{AdamW, AdamWConfig},
+    optim::{Optimizer, OptimizerConfig},
 };
 
 /// Settings of a step that do not change during a run.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StepConfig {
     /// The optimizer's.
-    pub adamw: AdamWConfig,
+    pub optimizer: OptimizerConfig,
     /// Gradients are scaled down to this global L2 norm; 0: never.
     pub max_grad_norm: f64,
     /// λ of the explicit term `λ ‖θ‖²` over all adapter tensors.
@@ -38,7 +38,7 @@ pub struct StepOutcome {
 #[derive(Debug)]
 pub struct Stepper {
     /// The optimizer; its state goes into checkpoints.
-    pub optimizer: AdamW,
+    pub optimizer: Optimizer,
     config: StepConfig,
 }
 
@@ -47,7 +47,7 @@ impl Stepper {
     /// If the adapter is empty.
     pub fn new(adapters: &AdapterSet, config: StepConfig) -> Result<Self> {
         Ok(Self {
-            optimizer: AdamW::new(adapters.named_vars(), config.adamw)?,
+            optimizer: Optimizer::new(adapters.named_vars(), config.optimizer)?,
             config,
         })
     }
@@ -170,7 +170,7 @@ mod tests {
     use candle_core::{Device, Var};
 
     use super::*;
-    use crate::lora::Adapter;
+    use crate::{lora::Adapter, optim::AdamWConfig};
 
     fn adapters() -> AdapterSet {
         let var = |values: &[[f32; 2]; 2]| Var::from_tensor(&Tensor::new(values, &Device::Cpu).unwrap()).unwrap();
@@ -187,12 +187,12 @@ mod tests {
 
     fn config() -> StepConfig {
         StepConfig {
-            adamw: AdamWConfig {
+            optimizer: OptimizerConfig::AdamW(AdamWConfig {
                 beta1: 0.9,
                 beta2: 0.999,
                 epsilon: 1e-8,
                 weight_decay: 0.0,
-            },
+            }),
             max_grad_norm: 0.0,
             l2_lambda: 0.0,
         }

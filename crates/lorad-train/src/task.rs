@@ -12,7 +12,7 @@ use lorad_proto::{
 };
 use serde_json::{Map, Value};
 
-use crate::{Result, TrainError, lora::AdapterSet};
+use crate::{Result, TrainError, lora::AdapterSet, validation::Validation};
 
 /// A model family: describes itself, validates, opens jobs. One static value per folder in [`crate::families`].
 pub trait Family: Sync {
@@ -82,6 +82,13 @@ pub trait Task {
     /// Mean loss over the micro-batch, as a tracked scalar (f32). Everything random comes from
     /// `(seed, purpose, sample counter)`.
     fn loss(&self, batch: &MicroBatch) -> Result<Tensor>;
+
+    /// The loss of a model that always predicts zeros, if it is known: about 1 for a target of unit variance.
+    fn trivial_loss(&self) -> Option<f64>;
+
+    /// Loss on the items that are never trained on, at fixed noise and timesteps, with the adapter as it is now or without
+    /// it; `None` if none were held out. `on_progress` as for [`Task::sample`].
+    fn validate(&self, with_adapter: bool, on_progress: &mut dyn FnMut() -> Result<()>) -> Result<Option<Validation>>;
 
     /// Draws the prompts, all of them among the job's, with the adapter as it is now or without it. `on_progress` is
     /// called between units of work; an error from it ends the drawing.

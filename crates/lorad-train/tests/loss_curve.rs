@@ -1,7 +1,7 @@
 //! Fifty optimizer steps against diffusers + PEFT, fed the same latents, noise, timesteps, embeddings and initial
 //! adapter: warm-up, cosine, clipping, weight decay, accumulation, both targets, both presets.
 //!
-//! Takes the steps with what [`lorad_train::run`] takes them with: `learning_rate`, `denoising_loss`, `Stepper`. The
+//! Takes the steps with what [`lorad_train::run`] takes them with: `LrSchedule`, `denoising_loss`, `Stepper`. The
 //! reference is made by `tools/reference/make_golden.py`.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
@@ -12,12 +12,16 @@ use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{DType, Device, Tensor, Var};
 use lorad_train::{
-    diffusion::schedule::NoiseSchedule,
-    families::sd1::{train::denoising_loss, unet::UNet2DConditionModel, weights::BaseFolder},
+    diffusion::{loss::LossConfig, schedule::NoiseSchedule},
+    families::sd1::{
+        train::{DenoisingBatch, denoising_loss},
+        unet::UNet2DConditionModel,
+        weights::BaseFolder,
+    },
     lora::{Adapter, AdapterSet},
     optim::{
-        AdamWConfig,
-        schedule::{LrScheduler, learning_rate},
+        AdamWConfig, OptimizerConfig,
+        schedule::{LrSchedule, LrScheduler},
     },
     step::{StepConfig, Stepper},
 };
@@ -96,12 +100,12 @@ fn check_curve(pipeline: &str, name: &str, curve: &Curve, inputs: &Tensors, expe
     let adapters = initial_adapters(curve, expected);
     let unet = UNet2DConditionModel::load(&base, &Device::Cpu, &adapters).unwrap();
     let config = StepConfig {
-        adamw: AdamWConfig {
+        optimizer: OptimizerConfig::AdamW(AdamWConfig {
             beta1: curve.beta1,
             beta2: curve.beta2,
             epsilon: curve.eps,
             weight_decay: curve.weight_decay,
-        },
+        }),
         max_grad_norm: curve.max_grad_norm,
         l2_lambda: 0.0,
     };
@@ -110,13 +114,15 @@ fn check_curve(pipeline: &str, name: &str, curve: &Curve, inputs: &Tensors, expe
     let lrs = scalars(expected, "lr");
     let (mut worst_loss, mut worst_norm, mut clipped) = (0.0_f64, 0.0_f64, 0);
     for step in 0..curve.steps {
-        let lr = learning_rate(
-            curve.lr_scheduler,
-            curve.learning_rate,
-            curve.lr_warmup_steps,
-            curve.steps as u64,
-            step as u64 + 1,
-        );
+        let schedule_of_lr = LrSchedule {
+            lr_scheduler: curve.lr_scheduler,
+            learning_rate: curve.learning_rate,
+            lr_warmup_steps: curve.lr_warmup_steps,
+            lr_num_cycles: 1,
+            lr_power: 1.0,
+            lr_end: 0.0,
+        };
+        let lr = schedule_of_lr.at(step as u64 + 1, curve.steps as u64);
         assert!(
             (lr - lrs[step]).abs() <= 1e-12,
             "{pipeline} {name} step {}: lr {lr}, not {}",
@@ -194,7 +200,15 @@ fn micro_batch_loss(
     let timesteps: Vec<u32> = of_step("timesteps")?.to_dtype(DType::U32)?.to_vec1()?;
     let latents = inputs["latents"].index_select(&items, 0)?;
     let text = inputs["encoder_hidden_states"].index_select(&items, 0)?;
-    denoising_loss(unet, schedule, &latents, &of_step("noise")?, &timesteps, &text)
+    let batch = DenoisingBatch {
+        latents,
+        noise: of_step("noise")?,
+        timesteps,
+        encoder_hidden_states: text,
+        weights: Vec::new(),
+        mask: None,
+    };
+    denoising_loss(unet, schedule, &LossConfig::default(), &batch)
 }
 
 fn scalars(tensors: &Tensors, name: &str) -> Vec<f64> {

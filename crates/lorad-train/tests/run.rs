@@ -31,6 +31,36 @@ struct Recorder {
 }
 
 impl Recorder {
+    /// Codes of alerts, in order.
+    fn alerts(&self) -> Vec<String> {
+        let events = self.events.lock().unwrap();
+        let code = |e: &WorkerEvent| match e {
+            WorkerEvent::Alert { code, .. } => Some(code.clone()),
+            _ => None,
+        };
+        events.iter().filter_map(code).collect()
+    }
+
+    /// Learning rate of every step, in order.
+    fn learning_rates(&self) -> Vec<f64> {
+        let events = self.events.lock().unwrap();
+        let lr = |e: &WorkerEvent| match e {
+            WorkerEvent::Step(m) => Some(m.lr),
+            _ => None,
+        };
+        events.iter().filter_map(lr).collect()
+    }
+
+    /// Step and loss of every validation.
+    fn validations(&self) -> Vec<(u64, f64)> {
+        let events = self.events.lock().unwrap();
+        let loss = |e: &WorkerEvent| match e {
+            WorkerEvent::Step(m) => m.extra.get("validation_loss").map(|loss| (m.step, *loss)),
+            _ => None,
+        };
+        events.iter().filter_map(loss).collect()
+    }
+
     fn steps(&self) -> Vec<(u64, f64)> {
         let events = self.events.lock().unwrap();
         let step = |e: &WorkerEvent| match e {
@@ -86,7 +116,11 @@ fn dataset(dir: &Path) -> DatasetRef {
 }
 
 fn spec(root: &Path, name: &str, changes: &Value) -> AttemptSpec {
-    let base = support::base_folder("tiny-sd1").canonicalize().unwrap();
+    spec_on("tiny-sd1", root, name, changes)
+}
+
+fn spec_on(base: &str, root: &Path, name: &str, changes: &Value) -> AttemptSpec {
+    let base = support::base_folder(base).canonicalize().unwrap();
     let mut given = json!({
         "lora_rank": 2, "learning_rate": 1e-2, "max_train_steps": 8, "batch_size": 2, "gradient_accumulation_steps": 2,
         "lr_scheduler": "cosine", "lr_warmup_steps": 1, "random_flip": true, "caption_dropout": 0.2,
@@ -194,49 +228,102 @@ fn a_checkpoint_of_other_settings_is_refused_by_name() {
 fn no_setting_is_decoration() {
     let root = tempfile::tempdir().unwrap();
     let plain = json!({"lr_scheduler": "constant", "lr_warmup_steps": 0, "random_flip": false, "caption_dropout": 0.0});
-    let base = spec(root.path(), "base", &plain);
-    run(&base, &Recorder::default());
-    let expected = adapter_bytes(&base);
-    let changes: BTreeMap<&str, Value> = BTreeMap::from([
-        ("learning_rate", json!(2e-2)),
-        ("max_train_steps", json!(7)),
-        ("batch_size", json!(1)),
-        ("gradient_accumulation_steps", json!(1)),
-        ("lora_rank", json!(3)),
-        ("lora_alpha", json!(1.0)),
-        ("init_lora_weights", json!("kaiming_uniform")),
-        ("target_modules", json!(["to_q"])),
-        ("resolution", json!(32)),
-        ("center_crop", json!(true)),
-        ("random_flip", json!(true)),
-        ("caption_dropout", json!(0.9)),
-        ("lr_scheduler", json!("linear")),
-        ("lr_warmup_steps", json!(2)),
-        ("weight_decay", json!(0.5)),
-        ("l2_lambda", json!(0.1)),
-        ("adam_beta1", json!(0.5)),
-        ("adam_beta2", json!(0.9)),
-        ("adam_epsilon", json!(1e-3)),
-        ("max_grad_norm", json!(1e-4)),
-        ("prediction_type", json!("v_prediction")),
-        ("seed", json!(4)),
-    ]);
+    let huber = json!({"loss_type": "huber", "huber_schedule": "constant"});
+    let velocity = json!({"prediction_type": "v_prediction"});
+    let sgd = json!({"optimizer": "sgd"});
+    let prodigy = json!({"optimizer": "prodigy", "learning_rate": 0.5});
+    let restarts = json!({"lr_scheduler": "cosine_with_restarts"});
+    let polynomial = json!({"lr_scheduler": "polynomial"});
+    let none = json!({});
+    // The setting, what it needs to have an effect, its other value.
+    let changes: Vec<(&str, &Value, Value)> = vec![
+        ("learning_rate", &none, json!(2e-2)),
+        ("max_train_steps", &none, json!(7)),
+        ("batch_size", &none, json!(1)),
+        ("gradient_accumulation_steps", &none, json!(1)),
+        ("lora_rank", &none, json!(3)),
+        ("lora_alpha", &none, json!(1.0)),
+        ("init_lora_weights", &none, json!("kaiming_uniform")),
+        ("target_modules", &none, json!(["to_q"])),
+        ("resolution", &none, json!(32)),
+        ("center_crop", &none, json!(true)),
+        ("random_flip", &none, json!(true)),
+        ("caption_dropout", &none, json!(0.9)),
+        ("lr_scheduler", &none, json!("linear")),
+        ("lr_warmup_steps", &none, json!(2)),
+        ("weight_decay", &none, json!(0.5)),
+        ("l2_lambda", &none, json!(0.1)),
+        ("adam_beta1", &none, json!(0.5)),
+        ("adam_beta2", &none, json!(0.9)),
+        ("adam_epsilon", &none, json!(1e-3)),
+        ("max_grad_norm", &none, json!(1e-4)),
+        ("prediction_type", &none, json!("v_prediction")),
+        ("seed", &none, json!(4)),
+        ("loss_type", &none, json!("huber")),
+        ("huber_schedule", &huber, json!("exponential")),
+        ("huber_c", &huber, json!(0.5)),
+        ("huber_scale", &huber, json!(3.0)),
+        ("snr_gamma", &none, json!(1.0)),
+        ("debiased_estimation_loss", &none, json!(true)),
+        ("noise_offset", &none, json!(0.1)),
+        ("zero_terminal_snr", &velocity, json!(true)),
+        ("min_timestep", &none, json!(500)),
+        ("max_timestep", &none, json!(500)),
+        ("optimizer", &none, json!("lion")),
+        ("sgd_momentum", &sgd, json!(0.0)),
+        ("sgd_nesterov", &sgd, json!(true)),
+        ("prodigy_d0", &prodigy, json!(1e-4)),
+        ("prodigy_d_coef", &prodigy, json!(2.0)),
+        ("prodigy_use_bias_correction", &prodigy, json!(true)),
+        ("prodigy_safeguard_warmup", &prodigy, json!(true)),
+        ("lr_num_cycles", &restarts, json!(3)),
+        ("lr_power", &polynomial, json!(2.0)),
+        ("lr_end", &polynomial, json!(5e-3)),
+        ("ema_decay", &none, json!(0.9)),
+        ("validation_fraction", &none, json!(0.2)),
+    ];
+    let mut adapters: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+    let mut adapter_of = |settings: &Value| {
+        let n = adapters.len();
+        adapters
+            .entry(settings.to_string())
+            .or_insert_with(|| {
+                let spec = spec(root.path(), &format!("run-{n}"), settings);
+                let end = run(&spec, &Recorder::default());
+                assert!(matches!(end, WorkerEvent::Done { .. }), "{settings}: {end:?}");
+                adapter_bytes(&spec)
+            })
+            .clone()
+    };
+    let with = |base: &Value, more: &Value| {
+        let mut settings = base.clone();
+        for (name, value) in more.as_object().unwrap() {
+            settings[name] = value.clone();
+        }
+        settings
+    };
     let mut same = Vec::new();
-    for (name, value) in &changes {
-        let mut changed = plain.clone();
-        changed[*name] = value.clone();
-        let changed = spec(root.path(), name, &changed);
-        let end = run(&changed, &Recorder::default());
-        assert!(matches!(end, WorkerEvent::Done { .. }), "{name}: {end:?}");
-        if adapter_bytes(&changed) == expected {
+    for (name, needs, value) in &changes {
+        let before = with(&plain, needs);
+        let after = with(&before, &json!({*name: value}));
+        if adapter_of(&before) == adapter_of(&after) {
             same.push(*name);
         }
     }
     assert!(same.is_empty(), "these changed nothing: {same:?}");
-    let covered: Vec<&str> = ["num_epochs", "checkpoint_every_steps", "keep_checkpoints"].into();
-    for field in families::sd1::schema::FIELDS {
+    // These have tests of their own.
+    let elsewhere = [
+        "num_epochs",
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+        "validation_every_steps",
+        "early_stopping_patience",
+        "publish",
+        "self_rescue",
+    ];
+    for field in families::sd1::schema::fields() {
         assert!(
-            changes.contains_key(field.name) || covered.contains(&field.name),
+            changes.iter().any(|(name, ..)| *name == field.name) || elsewhere.contains(&field.name),
             "{} is not covered",
             field.name
         );
@@ -258,4 +345,109 @@ fn checkpoints_come_when_due_and_only_the_newest_stay() {
     left.sort();
     let names: Vec<&str> = left.iter().map(|p| p.file_name().unwrap().to_str().unwrap()).collect();
     assert_eq!(names, ["00000004", "00000006"]);
+}
+
+/// Over-trained on three pictures: the held-out loss falls and rises again, and the result is the adapter at its lowest.
+#[test]
+fn an_over_trained_run_publishes_its_best_adapter_and_stops_early() {
+    let root = tempfile::tempdir().unwrap();
+    let settings = json!({
+        "learning_rate": 1e-1, "lr_scheduler": "constant", "lr_warmup_steps": 0, "max_train_steps": 60, "random_flip": false,
+        "max_grad_norm": 0.0, "weight_decay": 0.0, "self_rescue": false, "seed": 3, "caption_dropout": 0.0, "validation_fraction": 0.5, "validation_every_steps": 5,
+    });
+    let with = |more: &Value| {
+        let mut settings = settings.clone();
+        for (name, value) in more.as_object().unwrap() {
+            settings[name] = value.clone();
+        }
+        settings
+    };
+    let best = spec(root.path(), "best", &settings);
+    let log = Recorder::default();
+    let WorkerEvent::Done { results } = run(&best, &log) else {
+        panic!("it did not finish")
+    };
+    let validations = log.validations();
+    assert_eq!(validations.len(), 12);
+    let (best_step, best_loss) = validations.iter().copied().min_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
+    assert!(best_step < 60, "the last step was the best: {validations:?}");
+    assert_eq!(results.summary["best_step"], json!(best_step));
+    assert!((results.summary["best_validation_loss"].as_f64().unwrap() - best_loss).abs() < 1e-12);
+    assert!(log.alerts().contains(&"result.earlier_step".to_owned()));
+
+    // The published adapter is the one that a run of that length ends with.
+    let short = spec(
+        root.path(),
+        "short",
+        &with(&json!({"max_train_steps": best_step, "publish": "last"})),
+    );
+    run(&short, &Recorder::default());
+    assert!(adapter_bytes(&best) == adapter_bytes(&short));
+    let last = spec(root.path(), "last", &with(&json!({"publish": "last"})));
+    run(&last, &Recorder::default());
+    assert!(adapter_bytes(&best) != adapter_bytes(&last));
+
+    // Stopping early gives the same result sooner, also when interrupted in between.
+    let patient = with(&json!({"early_stopping_patience": 2}));
+    let stopped = spec(root.path(), "stopped", &patient);
+    let stopped_log = Recorder::default();
+    assert!(matches!(run(&stopped, &stopped_log), WorkerEvent::Done { .. }));
+    let end = stopped_log.steps().last().unwrap().0;
+    assert!(end < 60 && stopped_log.alerts().contains(&"training.stopped_early".to_owned()));
+    let pause_after = end - 3;
+    let first = spec(root.path(), "first", &patient);
+    run(
+        &first,
+        &Recorder {
+            pause_after: Some(pause_after),
+            ..Recorder::default()
+        },
+    );
+    let mut second = spec(root.path(), "second", &patient);
+    second.resume_from = Some(first.attempt_dir.join(format!("checkpoints/{pause_after:08}")));
+    let second_log = Recorder::default();
+    let second_end = run(&second, &second_log);
+    assert!(matches!(second_end, WorkerEvent::Done { .. }), "{second_end:?}");
+    assert_eq!(second_log.steps().last().unwrap().0, end);
+    assert!(adapter_bytes(&second) == adapter_bytes(&stopped));
+}
+
+/// A learning rate a hundred times too high on the bundled base: its loss rises above what zeros would give, the run goes back
+/// and halves the rate, twice, and then says what it found.
+#[test]
+fn a_run_that_explodes_rescues_itself() {
+    let root = tempfile::tempdir().unwrap();
+    let run_at = |name: &str, learning_rate: f64, rescue: bool| {
+        let changes = json!({
+            "learning_rate": learning_rate, "lr_scheduler": "constant", "lr_warmup_steps": 0, "max_train_steps": 30,
+            "batch_size": 4, "gradient_accumulation_steps": 1, "random_flip": false, "caption_dropout": 0.0,
+            "checkpoint_every_steps": 5, "self_rescue": rescue,
+        });
+        let spec = spec_on("demo", root.path(), name, &changes);
+        let log = Recorder::default();
+        let end = run(&spec, &log);
+        (end, log)
+    };
+    let (end, log) = run_at("too-high", 0.1, true);
+    let WorkerEvent::Done { results } = end else {
+        panic!("{end:?}")
+    };
+    let rescues = log.alerts().len();
+    assert!((1..=2).contains(&rescues) && log.alerts().iter().all(|code| code == "run.rescued"));
+    assert_eq!(results.summary["rescues"], json!(rescues));
+    let rates = log.learning_rates();
+    let factor = 0.5_f64.powi(rescues as i32);
+    assert_eq!((rates[0], *rates.last().unwrap()), (0.1, 0.1 * factor));
+    assert_eq!(log.steps().last().unwrap().0, 30);
+
+    let (end, log) = run_at("hopeless", 0.8, true);
+    let WorkerEvent::Failed { problem } = end else {
+        panic!("{end:?}")
+    };
+    assert_eq!(log.alerts(), ["run.rescued", "run.rescued"]);
+    assert_eq!(problem.code, "loss.exploded");
+    assert!(problem.detail.contains("2 rescues did not help"), "{}", problem.detail);
+
+    let (end, log) = run_at("unwanted", 0.8, false);
+    assert!(matches!(end, WorkerEvent::Failed { .. }) && log.alerts().is_empty());
 }

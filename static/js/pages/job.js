@@ -112,17 +112,36 @@ const SMALL = ["lr", "grad_norm", "samples_per_s"];
 const COLORS = ["--chart-2", "--chart-3", "--chart-4"];
 // Figures of every step that are not curves of their own.
 const NOT_DRAWN = new Set(["step", "t", "t_ms", "attempt", "epoch", "loss", "step_ms"]);
+const isHeldOut = (key) => key.startsWith("validation_loss") || key === "base_validation_loss";
 const TITLES = { lr: "Learning rate", grad_norm: "Gradient norm", samples_per_s: "Samples per second" };
 
 /** The small charts: the usual three, then whatever else the family measures, under its own titles. */
 function smallCharts(points, family) {
-  const extra = [...points.columns.keys()].filter((k) => !SMALL.includes(k) && !NOT_DRAWN.has(k));
+  const extra = [...points.columns.keys()].filter((k) => !SMALL.includes(k) && !NOT_DRAWN.has(k) && !isHeldOut(k));
   return [...SMALL, ...extra]
     .filter((key) => points.columns.has(key) && points.column(key).some((v) => typeof v === "number"))
     .map((key, i) => {
       const said = family?.metrics?.find((m) => m.name === key);
       return { key, title: TITLES[key] ? t(TITLES[key]) : (said?.title ?? key), unit: TITLES[key] ? "" : (said?.unit ?? ""), color: COLORS[i % COLORS.length] };
     });
+}
+
+/** Loss on items that were never trained on, beside the base model's: only some steps have it, so it has an x of its own. */
+function HeldOut({ job, points, total }) {
+  const { x, values, base } = useMemo(() => {
+    const all = points.column("validation_loss");
+    const at = [...points.step.keys()].filter((i) => typeof all[i] === "number");
+    const pick = (column) => at.map((i) => column[i] ?? null);
+    return { x: pick(points.step), values: pick(all), base: pick(points.column("base_validation_loss")) };
+  }, [points.version]);
+  if (!x.length) return null;
+  const best = x[values.indexOf(Math.min(...values))];
+  return html`<div class="held-out"><h3>${t("Loss on held-out items")}</h3>
+    <p class="small muted">${t("Never trained on, always at the same noise: when this line rises while the one above falls, the run is overfitting. Best so far: step {n}.", { n: int(best) })}</p>
+    <${Chart} title=${t("Loss on held-out items")} x=${x} height=${170} total=${total} version=${points.version} lines=${[
+      { label: t("adapter"), values, color: "--chart-3", width: 2.5, summary: true },
+      { label: t("base model"), values: base, color: "--chart-axis", width: 1.5, dash: [6, 4] },
+    ]} /></div>`;
 }
 
 function Curves({ job, points, progress }) {
@@ -146,6 +165,7 @@ function Curves({ job, points, progress }) {
         <p class="small">${isOver(job.status) ? "" : t("The loss appears here, live, as soon as training starts.")}</p></${Empty}>`
       : html`<${Chart} title=${t("Training loss")} x=${x} lines=${lines} log=${log} height=${280} sync=${sync} total=${total} version=${points.version} />`}
     <p class="note"><${Icon} name="info" /> ${t("Diffusion loss is noisy by nature: each step draws random noise levels, and some are easy. Watch the smooth line, and trust the pictures more than the number.")}${x.length > 1 ? ` ${t("Drag to zoom, double-click to reset.")}` : ""}</p>
+    <${HeldOut} job=${job} points=${points} total=${total} />
     ${small.length > 0 && x.length > 0 && html`<div class="small-charts">${small.map((s) => html`<${Chart} key=${s.key} compact title=${s.title} x=${x} lines=${[{ label: s.title, values: points.column(s.key), color: s.color, width: 1.75, summary: true }]} height=${120} sync=${sync} total=${total} version=${points.version} unit=${s.unit ? ` ${s.unit}` : ""} table=${false} />`)}</div>`}
   </${Card}>`;
 }

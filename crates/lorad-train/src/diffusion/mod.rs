@@ -2,5 +2,6 @@
 //! `scheduler_config.json`.
 
 pub mod ddim;
+pub mod loss;
 pub mod sample;
 pub mod schedule;

@@ -203,6 +203,23 @@ impl NoiseSchedule {
         self
     }
 
+    /// The same schedule, rescaled so that its last timestep holds no signal.
+    ///
+    /// # Source
+    /// Lin et al. 2023, algorithm 1.
+    #[must_use]
+    pub fn with_zero_terminal_snr(self) -> Self {
+        if self.config.rescale_betas_zero_snr {
+            return self;
+        }
+        let config = SchedulerConfig {
+            rescale_betas_zero_snr: true,
+            ..self.config.clone()
+        };
+        // The config was valid a moment ago, and this field has no invalid value.
+        Self::new(config).unwrap_or(self)
+    }
+
     /// `x_t = √ᾱ·x0 + √(1−ᾱ)·ε`, one timestep per sample.
     ///
     /// # Shapes

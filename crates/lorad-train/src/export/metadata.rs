@@ -57,7 +57,8 @@ pub(super) fn kohya(adapter: &HostAdapter, base: &BaseTraits, context: &ExportCo
             Some(other) => set(key, other.to_string()),
         }
     }
-    set("ss_optimizer", "lorad.optim.AdamW".to_owned());
+    let optimizer = spec.hyperparameters.get("optimizer").and_then(Value::as_str);
+    set("ss_optimizer", format!("lorad.optim.{}", optimizer.unwrap_or("adamw")));
     set("ss_mixed_precision", "no".to_owned());
     set("ss_text_encoder_lr", "None".to_owned());
     set("modelspec.sai_model_spec", "1.0.1".to_owned());

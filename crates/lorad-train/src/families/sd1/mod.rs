@@ -52,13 +52,29 @@ impl Family for Sd1 {
             summary: "Text-to-image latent diffusion with one CLIP text encoder, trained by LoRA on the UNet."
                 .to_owned(),
             modality: "image".to_owned(),
-            schema: crate::schema::json_schema("Hyperparameters of Stable Diffusion 1.x / 2.x", schema::FIELDS),
+            schema: crate::schema::json_schema("Hyperparameters of Stable Diffusion 1.x / 2.x", &schema::fields()),
             metrics: vec![
                 metric("loss", "Loss", "", Some(false)),
                 metric("lr", "Learning rate", "", None),
                 metric("grad_norm", "Gradient norm", "", None),
                 metric("step_ms", "Time per step", "ms", Some(false)),
                 metric("samples_per_s", "Throughput", "samples/s", Some(true)),
+                metric("validation_loss", "Loss on held-out items", "", Some(false)),
+                metric(
+                    "base_validation_loss",
+                    "The base model's loss on held-out items",
+                    "",
+                    Some(false),
+                ),
+                metric(
+                    "validation_loss_t1",
+                    "Held-out loss, cleanest quarter of timesteps",
+                    "",
+                    Some(false),
+                ),
+                metric("validation_loss_t2", "Held-out loss, second quarter", "", Some(false)),
+                metric("validation_loss_t3", "Held-out loss, third quarter", "", Some(false)),
+                metric("validation_loss_t4", "Held-out loss, noisiest quarter", "", Some(false)),
                 metric("l2_penalty", "Penalty λ·‖θ‖²", "", Some(false)),
             ],
         }
@@ -108,6 +124,11 @@ impl Family for Sd1 {
                 prediction_type: &base.prediction_type,
                 multiple: base.details.get("size_multiple").and_then(Value::as_u64).unwrap_or(8),
                 zero_terminal_snr: base.details.get("zero_terminal_snr") == Some(&Value::Bool(true)),
+                num_train_timesteps: base
+                    .details
+                    .get("scheduler_timesteps")
+                    .and_then(Value::as_u64)
+                    .unwrap_or(1000),
             },
             given,
         )

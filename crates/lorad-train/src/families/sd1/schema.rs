@@ -6,49 +6,28 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::{
+    diffusion::loss::{self, LossConfig},
     diffusion::schedule::PredictionType,
     lora::init::LoraInit,
-    schema::{Field, Group, Kind},
+    optim,
+    schema::{Field, Group, Kind, field, not_negative, positive},
+    validation,
 };
-
-const fn field(
-    name: &'static str,
-    kind: Kind,
-    default: &'static str,
-    unit: &'static str,
-    group: Group,
-    effect: &'static str,
-) -> Field {
-    Field {
-        name,
-        kind,
-        default,
-        unit,
-        group,
-        effect,
-    }
-}
-
-const fn positive(max: f64) -> Kind {
-    Kind::Number {
-        min: 0.0,
-        max,
-        above_min: true,
-    }
-}
-
-const fn not_negative(max: f64) -> Kind {
-    Kind::Number {
-        min: 0.0,
-        max,
-        above_min: false,
-    }
-}
 
 use Group::{Advanced, Basic};
 
-/// In the order of forms and documents.
-pub static FIELDS: &[Field] = &[
+/// Every field, in the order of forms and documents.
+pub fn fields() -> Vec<&'static Field> {
+    FIELDS
+        .iter()
+        .chain(optim::fields::FIELDS)
+        .chain(loss::FIELDS)
+        .chain(validation::FIELDS)
+        .collect()
+}
+
+/// What this family does not share.
+static FIELDS: &[Field] = &[
     field(
         "learning_rate",
         positive(1.0),
@@ -161,79 +140,12 @@ pub static FIELDS: &[Field] = &[
         "How often a caption is replaced by the empty one, which helps classifier-free guidance.",
     ),
     field(
-        "lr_scheduler",
-        Kind::Choice(&["constant", "linear", "cosine"]),
-        "\"constant\"",
-        "",
-        Basic,
-        "Course of the learning rate after the warm-up.",
-    ),
-    field(
-        "lr_warmup_steps",
-        Kind::Integer {
-            min: 0,
-            max: 10_000_000,
-        },
-        "0",
-        "optimizer steps",
-        Advanced,
-        "Steps over which the learning rate rises from 0.",
-    ),
-    field(
-        "weight_decay",
-        not_negative(1.0),
-        "0.01",
-        "",
-        Advanced,
-        "Decoupled weight decay of AdamW, per unit of learning rate.",
-    ),
-    field(
         "l2_lambda",
         not_negative(1000.0),
         "0.0",
         "",
         Advanced,
         "Factor of the explicit penalty λ·‖θ‖² on all adapter weights, added to the loss.",
-    ),
-    field(
-        "adam_beta1",
-        Kind::Number {
-            min: 0.0,
-            max: 0.9999,
-            above_min: false,
-        },
-        "0.9",
-        "",
-        Advanced,
-        "Decay of AdamW's mean of gradients.",
-    ),
-    field(
-        "adam_beta2",
-        Kind::Number {
-            min: 0.0,
-            max: 0.999_999,
-            above_min: false,
-        },
-        "0.999",
-        "",
-        Advanced,
-        "Decay of AdamW's mean of squared gradients.",
-    ),
-    field(
-        "adam_epsilon",
-        positive(1.0),
-        "1e-8",
-        "",
-        Advanced,
-        "Added to the root of AdamW's mean of squared gradients.",
-    ),
-    field(
-        "max_grad_norm",
-        not_negative(1e6),
-        "1.0",
-        "",
-        Advanced,
-        "Gradients are scaled down to this global L2 norm; 0 turns it off.",
     ),
     field(
         "prediction_type",
@@ -285,6 +197,14 @@ pub(super) struct Settings {
     pub(super) caption_dropout: f64,
     pub(super) prediction_type: PredictionType,
     pub(super) seed: u64,
+    pub(super) zero_terminal_snr: bool,
+    pub(super) noise_offset: f64,
+    pub(super) validation_fraction: f64,
+    pub(super) batch_size: usize,
+    pub(super) min_timestep: u32,
+    pub(super) max_timestep: u32,
+    #[serde(flatten)]
+    pub(super) loss: LossConfig,
 }
 
 /// Facts of the base that defaults and checks need.
@@ -296,12 +216,14 @@ pub(super) struct BaseFacts<'a> {
     pub(super) multiple: u64,
     /// Whether the schedule ends without signal, where epsilon cannot be learned.
     pub(super) zero_terminal_snr: bool,
+    /// `T`.
+    pub(super) num_train_timesteps: u64,
 }
 
 /// Checks everything and fills in every default. `num_epochs` stays `null` if `max_train_steps` was given; otherwise the
 /// number of items decides, see [`steps`].
 pub(super) fn resolve(base: BaseFacts<'_>, given: &Map<String, Value>) -> Result<Map<String, Value>, Vec<FieldError>> {
-    let (mut map, mut errors) = match crate::schema::resolve(FIELDS, given) {
+    let (mut map, mut errors) = match crate::schema::resolve(&fields(), given) {
         Ok(map) => (map, Vec::new()),
         Err(errors) => (Map::new(), errors),
     };
@@ -325,22 +247,41 @@ pub(super) fn resolve(base: BaseFacts<'_>, given: &Map<String, Value>) -> Result
             ),
         ));
     }
-    if base.zero_terminal_snr && given.get("prediction_type").and_then(Value::as_str) == Some("epsilon") {
-        errors.push(FieldError::new(
-            "/prediction_type",
-            "contradiction",
-            "the base model's schedule ends without signal (rescale_betas_zero_snr); epsilon cannot be learned there",
-        ));
+    let prediction_type = match given.get("prediction_type").and_then(Value::as_str) {
+        None | Some("auto") => base.prediction_type,
+        Some(given) => given,
+    };
+    if prediction_type == "epsilon" {
+        if base.zero_terminal_snr {
+            errors.push(FieldError::new(
+                "/prediction_type",
+                "contradiction",
+                "the base model's schedule ends without signal (rescale_betas_zero_snr); epsilon cannot be learned there",
+            ));
+        } else if given.get("zero_terminal_snr") == Some(&Value::Bool(true)) {
+            errors.push(FieldError::new(
+                "/zero_terminal_snr",
+                "contradiction",
+                "a schedule that ends without signal needs prediction_type v_prediction: epsilon cannot be learned there",
+            ));
+        }
     }
+    errors.extend(optim::fields::contradictions(given));
+    errors.extend(validation::contradictions(given));
+    errors.extend(loss::contradictions(given, base.num_train_timesteps));
     if !errors.is_empty() {
         return Err(errors);
     }
+    optim::fields::fill_in(given, &mut map);
+    let checkpoint_every_steps = map["checkpoint_every_steps"].clone();
     let mut default = |name: &str, value: Value| {
         if map.get(name).is_none_or(Value::is_null) {
             map.insert(name.to_owned(), value);
         }
     };
     default("resolution", json!(base.resolution));
+    default("max_timestep", json!(base.num_train_timesteps));
+    default("validation_every_steps", checkpoint_every_steps);
     if !set("max_train_steps") {
         default("num_epochs", json!(100));
     }
@@ -372,6 +313,7 @@ mod tests {
         prediction_type: "epsilon",
         multiple: 32,
         zero_terminal_snr: false,
+        num_train_timesteps: 1000,
     };
 
     fn resolved(given: &Value) -> Result<Map<String, Value>, Vec<FieldError>> {
@@ -380,10 +322,10 @@ mod tests {
 
     #[test]
     fn every_default_is_json_within_its_own_range() {
-        for field in FIELDS {
+        for field in fields() {
             let default: Value = serde_json::from_str(field.default).unwrap();
             let given: Map<String, Value> = [(field.name.to_owned(), default)].into_iter().collect();
-            assert!(crate::schema::resolve(FIELDS, &given).is_ok(), "{}", field.name);
+            assert!(crate::schema::resolve(&fields(), &given).is_ok(), "{}", field.name);
             assert!(field.effect.ends_with('.'), "{}", field.name);
         }
     }
@@ -392,7 +334,7 @@ mod tests {
     fn nothing_stays_open_but_the_length_that_was_not_chosen() {
         let map = resolved(&json!({"lora_rank": 4})).unwrap();
         let open: Vec<&String> = map.iter().filter(|(_, v)| v.is_null()).map(|(k, _)| k).collect();
-        assert_eq!(open, ["max_train_steps"]);
+        assert_eq!(open, ["max_train_steps", "snr_gamma"]);
         assert_eq!(
             (&map["lora_alpha"], &map["resolution"], &map["num_epochs"]),
             (&json!(4.0), &json!(64), &json!(100))
@@ -407,6 +349,29 @@ mod tests {
             resolved(&json!({"num_epochs": 2, "max_train_steps": 3, "resolution": 40, "lora_rank": 0})).unwrap_err();
         let pointers: Vec<&str> = errors.iter().map(|e| e.pointer.as_str()).collect();
         assert_eq!(pointers, ["/lora_rank", "/num_epochs", "/resolution"]);
+    }
+
+    #[test]
+    fn loss_settings_that_exclude_each_other_are_refused() {
+        let pointers =
+            |given: Value| -> Vec<String> { resolved(&given).unwrap_err().into_iter().map(|e| e.pointer).collect() };
+        assert_eq!(
+            pointers(json!({"snr_gamma": 5, "debiased_estimation_loss": true})),
+            ["/debiased_estimation_loss"]
+        );
+        assert_eq!(pointers(json!({"huber_c": 0.2})), ["/huber_c"]);
+        assert_eq!(
+            pointers(json!({"loss_type": "huber", "huber_scale": 2})),
+            ["/huber_scale"]
+        );
+        assert_eq!(
+            pointers(json!({"min_timestep": 500, "max_timestep": 500})),
+            ["/max_timestep"]
+        );
+        assert_eq!(pointers(json!({"max_timestep": 1001})), ["/max_timestep"]);
+        assert_eq!(pointers(json!({"zero_terminal_snr": true})), ["/zero_terminal_snr"]);
+        assert!(resolved(&json!({"zero_terminal_snr": true, "prediction_type": "v_prediction"})).is_ok());
+        assert!(resolved(&json!({"loss_type": "smooth_l1", "huber_schedule": "constant", "huber_scale": 2})).is_ok());
     }
 
     #[test]

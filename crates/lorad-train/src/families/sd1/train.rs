@@ -20,39 +20,67 @@ use super::{
 };
 use crate::{
     Result, data,
-    diffusion::{ddim::Ddim, sample::sample_latents, schedule::NoiseSchedule},
+    diffusion::{ddim::Ddim, loss::LossConfig, sample::sample_latents, schedule::NoiseSchedule},
     export::{self, BaseTraits, ExportJob},
     lora::{AdapterSet, init},
     rng::{Purpose, Stream},
     task::{ExportContext, MicroBatch, Prompt, Reporter, Task},
+    validation::{self, Validation},
 };
 
+/// Held-out items that a validation looks at.
+const VALIDATION_ITEMS: usize = 32;
+/// Parts of the schedule that a validation looks at and tells apart.
+const VALIDATION_BINS: usize = 4;
 /// Pictures drawn at a time; with guidance the UNet sees twice as many.
 const SAMPLE_BATCH: usize = 8;
 
-/// Mean squared error of the UNet's prediction, all in f32.
+/// What one forward and backward pass works on.
+#[derive(Debug)]
+pub struct DenoisingBatch {
+    /// Scaled latents, (b, c, h, w).
+    pub latents: Tensor,
+    /// The noise to mix in, (b, c, h, w).
+    pub noise: Tensor,
+    /// b values.
+    pub timesteps: Vec<u32>,
+    /// Text embeddings, (b, l, d).
+    pub encoder_hidden_states: Tensor,
+    /// How much each sample counts, b values; empty: all the same.
+    pub weights: Vec<f64>,
+    /// Where the loss counts, (b, 1, h, w), 0 to 1; `None`: everywhere.
+    pub mask: Option<Tensor>,
+}
+
+/// Loss of the UNet's prediction, all in f32.
 ///
 /// # Shapes
-/// `latents`, `noise` (b, c, h, w), latents scaled; `timesteps`: b values; `encoder_hidden_states` (b, l, d) -> ().
+/// -> ().
 ///
 /// # Errors
 /// If shapes do not fit.
 ///
 /// # Source
-/// Ho et al. 2020, eq. 14; diffusers v0.42.1 `examples/text_to_image/train_text_to_image_lora.py`.
+/// Ho et al. 2020, eq. 14; diffusers v0.42.1 `examples/text_to_image/train_text_to_image_lora.py`; [`LossConfig`] for the
+/// rest.
 pub fn denoising_loss(
     unet: &UNet2DConditionModel,
     schedule: &NoiseSchedule,
-    latents: &Tensor,
-    noise: &Tensor,
-    timesteps: &[u32],
-    encoder_hidden_states: &Tensor,
+    config: &LossConfig,
+    batch: &DenoisingBatch,
 ) -> candle_core::Result<Tensor> {
-    let noisy = schedule.add_noise(latents, noise, timesteps)?;
-    let target = schedule.target(latents, noise, timesteps)?;
-    let t = Tensor::new(timesteps, latents.device())?;
-    let prediction = unet.forward(&noisy, &t, encoder_hidden_states)?;
-    (prediction - target)?.sqr()?.mean_all()
+    let noisy = schedule.add_noise(&batch.latents, &batch.noise, &batch.timesteps)?;
+    let target = schedule.target(&batch.latents, &batch.noise, &batch.timesteps)?;
+    let t = Tensor::new(batch.timesteps.as_slice(), batch.latents.device())?;
+    let prediction = unet.forward(&noisy, &t, &batch.encoder_hidden_states)?;
+    config.loss(
+        schedule,
+        &prediction,
+        &target,
+        &batch.timesteps,
+        &batch.weights,
+        batch.mask.as_ref(),
+    )
 }
 
 /// A job: frozen UNet, adapters, cached data.
@@ -66,6 +94,8 @@ pub(super) struct Sd1Task {
     scaling_factor: f64,
     schedule: NoiseSchedule,
     items: Vec<CachedItem>,
+    /// Never trained on.
+    held_out: Vec<CachedItem>,
     embeddings: Embeddings,
     fingerprints: BTreeMap<String, String>,
     device: Device,
@@ -82,8 +112,11 @@ impl Sd1Task {
         })?;
         let base = BaseFolder::open(&spec.base_model.path)?;
         base.check()?;
-        let schedule =
+        let mut schedule =
             NoiseSchedule::from_config(&base.scheduler_config())?.with_prediction_type(settings.prediction_type);
+        if settings.zero_terminal_snr {
+            schedule = schedule.with_zero_terminal_snr();
+        }
         let items = data::read_items(&spec.dataset.path)?;
         let fingerprints = BTreeMap::from([
             ("base model".to_owned(), base_fingerprint(&base)?),
@@ -112,6 +145,7 @@ impl Sd1Task {
             device,
             reporter,
         )?;
+        let (items, held_out) = hold_out(items, &settings);
         let vae = (!sampling.prompts.is_empty()).then(|| vae.without_encoder());
 
         let adapters = fresh_adapters(&base, &settings, device)?;
@@ -125,6 +159,7 @@ impl Sd1Task {
             scaling_factor,
             schedule,
             items,
+            held_out,
             embeddings,
             fingerprints,
             device: device.clone(),
@@ -142,8 +177,8 @@ impl Sd1Task {
         })
     }
 
-    /// The scaled latents, noise, timesteps and embeddings of a micro-batch.
-    fn inputs(&self, batch: &MicroBatch) -> Result<(Tensor, Tensor, Vec<u32>, Tensor)> {
+    /// Draws everything random of a micro-batch.
+    fn inputs(&self, batch: &MicroBatch) -> Result<DenoisingBatch> {
         let seed = self.settings.seed;
         let (mut latents, mut noises, mut timesteps, mut texts) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for (&item, &counter) in batch.items.iter().zip(&batch.sample_counters) {
@@ -155,19 +190,86 @@ impl Sd1Task {
             let normals = |purpose| Tensor::from_vec(stream(purpose).normals(shape.elem_count()), shape, &self.device);
             let drawn = (&posterior.mean + (&posterior.std * normals(Purpose::Posterior)?)?)?;
             latents.push((drawn * self.scaling_factor)?);
-            noises.push(normals(Purpose::Noise)?);
-            timesteps.push(stream(Purpose::Timestep).below(self.schedule.num_train_timesteps() as u64) as u32);
+            noises.push(self.with_offset(normals(Purpose::Noise)?, counter)?);
+            let span = u64::from(self.settings.max_timestep - self.settings.min_timestep);
+            timesteps.push(self.settings.min_timestep + stream(Purpose::Timestep).below(span) as u32);
             let dropped = self.settings.caption_dropout > 0.0
                 && stream(Purpose::CaptionDropout).uniform() < self.settings.caption_dropout;
             texts.push(self.embedding(if dropped { "" } else { &item.caption })?.clone());
         }
-        Ok((
-            Tensor::stack(&latents, 0)?,
-            Tensor::stack(&noises, 0)?,
+        Ok(DenoisingBatch {
+            latents: Tensor::stack(&latents, 0)?,
+            noise: Tensor::stack(&noises, 0)?,
             timesteps,
-            Tensor::stack(&texts, 0)?,
-        ))
+            encoder_hidden_states: Tensor::stack(&texts, 0)?,
+            weights: Vec::new(),
+            mask: None,
+        })
     }
+
+    /// Runs `work` with the adapters or without them.
+    fn with_adapters<T>(&self, on: bool, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.unet.set_adapters_enabled(on);
+        let result = work();
+        self.unet.set_adapters_enabled(true);
+        result
+    }
+
+    /// Held-out items `first..` at their fixed noise and timestep in one part of the schedule. Latents are means.
+    fn validation_batch(&self, items: &[CachedItem], first: usize, bin: usize) -> Result<DenoisingBatch> {
+        let (mut latents, mut noises, mut timesteps, mut texts) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for (i, item) in items.iter().enumerate() {
+            let counter = 1 + ((first + i) * VALIDATION_BINS + bin) as u64;
+            let mut stream = Stream::new(self.settings.seed, Purpose::Validation, counter);
+            let mean = &item.variants[0].mean;
+            latents.push((mean * self.scaling_factor)?);
+            let part = (bin as f64 + stream.uniform()) / VALIDATION_BINS as f64;
+            timesteps.push((part * self.schedule.num_train_timesteps() as f64) as u32);
+            noises.push(Tensor::from_vec(
+                stream.normals(mean.elem_count()),
+                mean.shape(),
+                &self.device,
+            )?);
+            texts.push(self.embedding(&item.caption)?.clone());
+        }
+        Ok(DenoisingBatch {
+            latents: Tensor::stack(&latents, 0)?,
+            noise: Tensor::stack(&noises, 0)?,
+            timesteps,
+            encoder_hidden_states: Tensor::stack(&texts, 0)?,
+            weights: Vec::new(),
+            mask: None,
+        })
+    }
+
+    /// `noise` (c, h, w) plus `noise_offset` times one normal number per channel.
+    ///
+    /// # Source
+    /// diffusers v0.42.1 `examples/text_to_image/train_text_to_image_lora.py` (`args.noise_offset`).
+    fn with_offset(&self, noise: Tensor, counter: u64) -> Result<Tensor> {
+        if self.settings.noise_offset == 0.0 {
+            return Ok(noise);
+        }
+        let channels = noise.dim(0)?;
+        let normals = Stream::new(self.settings.seed, Purpose::NoiseOffset, counter).normals(channels);
+        let offset = Tensor::from_vec(normals, (channels, 1, 1), &self.device)?;
+        Ok(noise.broadcast_add(&(offset * self.settings.noise_offset)?)?)
+    }
+}
+
+/// Splits the items into those to train on and those never trained on, which the seed chooses.
+fn hold_out(items: Vec<CachedItem>, settings: &Settings) -> (Vec<CachedItem>, Vec<CachedItem>) {
+    let n = validation::held_out(settings.validation_fraction, items.len());
+    let chosen = &Stream::new(settings.seed, Purpose::Validation, 0).permutation(items.len())[..n];
+    let (mut kept, mut held_out) = (Vec::new(), Vec::new());
+    for (i, item) in items.into_iter().enumerate() {
+        if chosen.contains(&i) {
+            held_out.push(item);
+        } else {
+            kept.push(item);
+        }
+    }
+    (kept, held_out)
 }
 
 /// Adapters at their start for the modules that the settings choose.
@@ -215,15 +317,44 @@ impl Task for Sd1Task {
     }
 
     fn loss(&self, batch: &MicroBatch) -> Result<Tensor> {
-        let (latents, noise, timesteps, texts) = self.inputs(batch)?;
-        Ok(denoising_loss(
-            &self.unet,
-            &self.schedule,
-            &latents,
-            &noise,
-            &timesteps,
-            &texts,
-        )?)
+        let batch = self.inputs(batch)?;
+        Ok(denoising_loss(&self.unet, &self.schedule, &self.settings.loss, &batch)?)
+    }
+
+    /// Noise has unit variance, and so have velocities of scaled latents; other losses weight them.
+    fn trivial_loss(&self) -> Option<f64> {
+        (self.settings.loss == LossConfig::default()).then_some(1.0)
+    }
+
+    fn validate(&self, with_adapter: bool, on_progress: &mut dyn FnMut() -> Result<()>) -> Result<Option<Validation>> {
+        if self.held_out.is_empty() {
+            return Ok(None);
+        }
+        // Every item meets one timestep of each part of the schedule; the last items are not needed for a good mean.
+        let items = &self.held_out[..self.held_out.len().min(VALIDATION_ITEMS)];
+        let mut sums = [0.0; VALIDATION_BINS];
+        for (bin, sum) in sums.iter_mut().enumerate() {
+            for (chunk, items) in items.chunks(self.settings.batch_size).enumerate() {
+                on_progress()?;
+                let first = chunk * self.settings.batch_size;
+                let batch = self.validation_batch(items, first, bin)?;
+                // The plain loss, whatever the job trains on: runs with other weights stay comparable.
+                let loss = self.with_adapters(with_adapter, || {
+                    Ok(denoising_loss(
+                        &self.unet,
+                        &self.schedule,
+                        &LossConfig::default(),
+                        &batch,
+                    )?)
+                })?;
+                *sum += f64::from(loss.detach().to_scalar::<f32>()?) * items.len() as f64;
+            }
+        }
+        let bins: Vec<f64> = sums.iter().map(|sum| sum / items.len() as f64).collect();
+        Ok(Some(Validation {
+            loss: bins.iter().sum::<f64>() / VALIDATION_BINS as f64,
+            bins,
+        }))
     }
 
     fn sample(
@@ -239,8 +370,7 @@ impl Task for Sd1Task {
         let side = self.settings.resolution as usize / self.base.vae.downscale();
         let shape = (self.base.unet.in_channels, side, side);
         let n = shape.0 * side * side;
-        self.unet.set_adapters_enabled(with_adapter);
-        let mut draw = || {
+        self.with_adapters(with_adapter, || {
             let mut pictures = Vec::with_capacity(prompts.len());
             for batch in prompts.chunks(SAMPLE_BATCH) {
                 let mut noise = Vec::with_capacity(batch.len());
@@ -274,10 +404,7 @@ impl Task for Sd1Task {
                 }
             }
             Ok(pictures)
-        };
-        let pictures = draw();
-        self.unet.set_adapters_enabled(true);
-        pictures
+        })
     }
 
     fn export(&self, dir: &Path, context: &ExportContext<'_>) -> Result<Vec<ResultFile>> {
