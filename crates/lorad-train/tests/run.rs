@@ -243,6 +243,7 @@ fn no_setting_is_decoration() {
         ("gradient_accumulation_steps", &none, json!(1)),
         ("lora_rank", &none, json!(3)),
         ("lora_alpha", &none, json!(1.0)),
+        ("use_rslora", &none, json!(true)),
         ("init_lora_weights", &none, json!("kaiming_uniform")),
         ("target_modules", &none, json!(["to_q"])),
         ("resolution", &none, json!(32)),

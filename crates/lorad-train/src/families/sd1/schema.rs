@@ -88,6 +88,14 @@ static FIELDS: &[Field] = &[
         "The adapter's output is scaled by lora_alpha / lora_rank; lora_rank if not given.",
     ),
     field(
+        "use_rslora",
+        Kind::Boolean,
+        "false",
+        "",
+        Advanced,
+        "Scale the adapter by lora_alpha / √lora_rank instead (rank-stabilised LoRA), so that high ranks keep learning; result files carry it as the alpha that means the same.",
+    ),
+    field(
         "init_lora_weights",
         Kind::Choice(&["gaussian", "kaiming_uniform"]),
         "\"gaussian\"",
@@ -188,7 +196,8 @@ static FIELDS: &[Field] = &[
 #[derive(Debug, Clone, Deserialize)]
 pub(super) struct Settings {
     pub(super) lora_rank: usize,
-    pub(super) lora_alpha: f64,
+    lora_alpha: f64,
+    use_rslora: bool,
     pub(super) init_lora_weights: LoraInit,
     pub(super) target_modules: Value,
     pub(super) resolution: u32,
@@ -205,6 +214,20 @@ pub(super) struct Settings {
     pub(super) max_timestep: u32,
     #[serde(flatten)]
     pub(super) loss: LossConfig,
+}
+
+impl Settings {
+    /// The alpha whose `alpha / rank` is the adapter's scale.
+    ///
+    /// # Source
+    /// Kalajdzievski 2023 for rank-stabilised scaling: `lora_alpha / √rank`.
+    pub(super) fn effective_alpha(&self) -> f64 {
+        if self.use_rslora {
+            self.lora_alpha * (self.lora_rank as f64).sqrt()
+        } else {
+            self.lora_alpha
+        }
+    }
 }
 
 /// Facts of the base that defaults and checks need.
@@ -341,6 +364,16 @@ mod tests {
         );
         let map = resolved(&json!({"max_train_steps": 7, "lora_alpha": 2})).unwrap();
         assert_eq!((&map["lora_alpha"], &map["num_epochs"]), (&json!(2.0), &Value::Null));
+    }
+
+    #[test]
+    fn rank_stabilised_scaling_divides_by_the_root_of_the_rank() {
+        let scale = |use_rslora: bool| {
+            let map = resolved(&json!({"lora_rank": 16, "lora_alpha": 8, "use_rslora": use_rslora})).unwrap();
+            let settings: Settings = serde_json::from_value(map.into()).unwrap();
+            settings.effective_alpha() / 16.0
+        };
+        assert_eq!([scale(false), scale(true)], [0.5, 2.0]);
     }
 
     #[test]

@@ -281,7 +281,7 @@ fn fresh_adapters(base: &BaseFolder, settings: &Settings, device: &Device) -> Re
             &path,
             module.kind,
             settings.lora_rank,
-            settings.lora_alpha,
+            settings.effective_alpha(),
             settings.init_lora_weights,
             settings.seed,
             device,
