@@ -6,8 +6,8 @@
     bench_step.py --shape demo-b8          one
     bench_step.py --threads 2 --steps 10
 
-Shapes: `demo-b8`, `demo-b16` (assets/demo-icons, 8x8 latents) and `sd15-b1` (a UNet of Stable Diffusion 1.5's size with
-random weights, 32x32 latents = 256 px; about 5 GB of memory). f32, preset `attention`, rank 8, gradient checkpointing off.
+Shapes: `demo-b8`, `demo-b16` (assets/demo-icons, 8x8 latents), and a UNet of Stable Diffusion 1.5's size with random weights:
+`sd15-b1`, `sd15-b4` (32x32 latents = 256 px; 5 GB of memory and more), `sd15-64-b1`, `sd15-64-b4` (512 px). f32, preset `attention`, rank 8, gradient checkpointing off.
 Peak memory is the process's: with several shapes, each runs in a process of its own.
 """
 
@@ -29,7 +29,10 @@ from peft import LoraConfig
 from pipelines import DEMO, TARGETS, generator
 
 # name: (batch, latent rows and columns, tokens)
-SHAPES = {"demo-b8": (8, 8, 32), "demo-b16": (16, 8, 32), "sd15-b1": (1, 32, 77)}
+SHAPES = {
+    "demo-b8": (8, 8, 32), "demo-b16": (16, 8, 32), "sd15-b1": (1, 32, 77), "sd15-b4": (4, 32, 77), "sd15-64-b1": (1, 64, 77),
+    "sd15-64-b4": (4, 64, 77),
+}
 SD15 = dict(
     sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2)
 

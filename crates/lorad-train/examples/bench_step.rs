@@ -17,6 +17,7 @@ use lorad_train::{
     },
     lora::{Adapter, AdapterSet},
     nn::TensorSource,
+    ops::WeightType,
 };
 
 #[global_allocator]
@@ -34,7 +35,7 @@ struct RandomWeights;
 impl TensorSource for RandomWeights {
     fn tensor(&self, key: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
         if shape.len() == 1 {
-            let value = if key.contains("norm") && key.ends_with("weight") {
+            let value: f32 = if key.contains("norm") && key.ends_with("weight") {
                 1.0
             } else {
                 0.0
@@ -103,6 +104,12 @@ fn main() {
         .next()
         .map_or(if sd15 { 3 } else { 20 }, |n| n.parse().unwrap());
     let options: Vec<String> = arguments.collect();
+    let option = |name: &str| options.iter().any(|o| o == name);
+    let dtype = match (option("f16"), option("bf16")) {
+        (true, _) => WeightType::F16,
+        (_, true) => WeightType::Bf16,
+        _ => WeightType::F32,
+    };
     let (config, set, unet) = if sd15 {
         let file = std::env::temp_dir().join(format!("lorad-bench-{}.json", std::process::id()));
         std::fs::write(&file, SD15).unwrap();
@@ -110,15 +117,15 @@ fn main() {
         std::fs::remove_file(&file).unwrap();
         let config = config.unwrap();
         let set = adapters(&config, 8).unwrap();
-        let unet = UNet2DConditionModel::from_source(&config, &RandomWeights, &Device::Cpu, &set).unwrap();
+        let unet = UNet2DConditionModel::from_source(&config, &RandomWeights, &Device::Cpu, &set, dtype).unwrap();
         (config, set, unet)
     } else {
         let base = BaseFolder::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/demo-icons")).unwrap();
         let set = adapters(&base.unet, 8).unwrap();
-        let unet = UNet2DConditionModel::load(&base, &Device::Cpu, &set).unwrap();
+        let unet = UNet2DConditionModel::load_as(&base, &Device::Cpu, &set, dtype).unwrap();
         (base.unet, set, unet)
     };
-    unet.set_gradient_checkpointing(options.iter().any(|o| o == "checkpointing"));
+    unet.set_gradient_checkpointing(option("checkpointing"));
     let normal = |shape: &[usize]| Tensor::randn(0_f32, 1.0, shape, &Device::Cpu).unwrap();
     let c = config.in_channels;
     let (sample, target) = (normal(&[batch, c, side, side]), normal(&[batch, c, side, side]));

@@ -14,6 +14,7 @@ pub mod error;
 pub mod export;
 pub mod families;
 pub mod lora;
+mod memory;
 pub mod nn;
 pub mod ops;
 pub mod optim;

@@ -1,85 +1,136 @@
-//! `cargo xtask bench`: a training step of lorad beside the reference's, same shapes, same machine, one after the other. Figures
-//! for the README and for judging a change; no threshold, since machines differ.
+//! `cargo xtask bench`: a training step of lorad beside the reference's: same shapes, same machine, in turns, so that a
+//! change of the machine's mood meets both. Prints a table for `docs/benchmarks.md`; no threshold, since machines differ.
 
-use std::{fs, path::Path, process::Command};
+use std::{collections::BTreeMap, path::Path, process::Command};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::{exec, provision};
 
-/// Steps that only warm caches up.
-const WARM_UP: usize = 5;
-const STEPS: usize = 45;
+/// Shapes of `tools/reference/bench_step.py` that are run if none is named.
+const SHAPES: [&str; 5] = ["demo-b8", "demo-b16", "sd15-b1", "sd15-b4", "sd15-64-b1"];
+/// Ways that lorad runs a large shape: options of `examples/bench_step.rs`.
+const WAYS: [&[&str]; 3] = [&[], &["f16"], &["f16", "checkpointing"]];
 
-/// Times both sides and prints a table.
+/// Figures of one run.
+struct Figures {
+    median_s: f64,
+    peak_bytes: f64,
+    /// Growth of resident memory from the first measured step to the last.
+    growth_bytes: f64,
+}
+
+/// Runs both sides and prints a table.
 ///
 /// # Errors
 /// If either side cannot be run.
-pub(crate) fn run(root: &Path) -> Result<()> {
+pub(crate) fn run(root: &Path, shapes: &[String], rounds: usize) -> Result<()> {
+    ensure!(rounds > 0, "at least one round");
     exec::must(&mut exec::cargo([
         "build",
         "--release",
         "--quiet",
         "--workspace",
-        "--bin",
-        "lorad",
+        "--example",
+        "bench_step",
     ]))?;
     let python = provision::oracle(root)?;
-    println!(
-        "{:<10} {:>14} {:>20} {:>8}",
-        "shape", "lorad ms/step", "diffusers+PEFT ms", "ratio"
-    );
-    for batch in [8, 16] {
-        let shape = format!("demo-b{batch}");
-        let ours = lorad_ms(root, batch)?;
-        let theirs = reference_ms(&python, &shape)?;
-        println!("{shape:<10} {ours:>14.1} {theirs:>20.1} {:>8.2}", theirs / ours);
+    let shapes: Vec<&str> = if shapes.is_empty() {
+        SHAPES.to_vec()
+    } else {
+        shapes.iter().map(String::as_str).collect()
+    };
+    println!("| shape | lorad | s/step | peak GB | diffusers + PEFT s/step | peak GB | speed | memory |");
+    println!("|---|---|---|---|---|---|---|---|");
+    for shape in shapes {
+        let ways = if shape.starts_with("sd15") {
+            &WAYS[..]
+        } else {
+            &WAYS[..1]
+        };
+        let mut ours: BTreeMap<usize, Vec<Figures>> = BTreeMap::new();
+        let mut theirs = Vec::new();
+        for _ in 0..rounds {
+            for (i, way) in ways.iter().enumerate() {
+                ours.entry(i).or_default().push(lorad(root, shape, way)?);
+            }
+            theirs.push(reference(&python, shape)?);
+        }
+        let (their_s, their_bytes, _) = medians(&theirs);
+        for (i, way) in ways.iter().enumerate() {
+            let (s, bytes, growth) = medians(&ours[&i]);
+            let name = if way.is_empty() {
+                "f32".to_owned()
+            } else {
+                way.join(", ")
+            };
+            println!(
+                "| {shape} | {name} | {s:.3} | {:.2} | {their_s:.3} | {:.2} | {:.2}x | {:.2}x |",
+                bytes / 1e9,
+                their_bytes / 1e9,
+                their_s / s,
+                bytes / their_bytes
+            );
+            // The allocator keeps what it has; a leak would grow with every step.
+            ensure!(
+                growth <= 0.05 * bytes,
+                "{shape}, {name}: resident memory grew by {growth} bytes over the measured steps"
+            );
+        }
     }
     Ok(())
 }
 
-/// Median step of `lorad train` on the bundled base and data.
-fn lorad_ms(root: &Path, batch: usize) -> Result<f64> {
-    let out = exec::target_dir(root).join("bench");
-    fs::create_dir_all(&out).with_context(|| format!("create {}", out.display()))?;
-    let metrics = out.join("metrics.jsonl");
-    let mut command = Command::new(exec::target_dir(root).join("release/lorad"));
-    command
-        .args([
-            "train",
-            "--base",
-            "assets/demo-icons",
-            "--data",
-            "assets/silhouettes.zip",
-            "--out",
-        ])
-        .arg(&out);
-    command
-        .arg("--metrics")
-        .arg(&metrics)
-        .args(["--set", &format!("batch_size={batch}")]);
-    command.args(["--set", &format!("max_train_steps={STEPS}"), "--set", "lora_rank=8"]);
-    exec::output(&mut command)?;
-    let text = fs::read_to_string(&metrics).with_context(|| format!("read {}", metrics.display()))?;
-    let steps = text.lines().map(|line| {
-        Ok(serde_json::from_str::<Value>(line)?["step_ms"]
-            .as_f64()
-            .unwrap_or(f64::NAN))
-    });
-    let mut steps = steps.skip(WARM_UP).collect::<Result<Vec<_>>>()?;
-    steps.sort_by(f64::total_cmp);
-    steps.get(steps.len() / 2).copied().context("lorad reported no steps")
+/// Median of the runs' median steps, of their peaks and of their growth.
+fn medians(runs: &[Figures]) -> (f64, f64, f64) {
+    let median = |of: fn(&Figures) -> f64| {
+        let mut values: Vec<f64> = runs.iter().map(of).collect();
+        values.sort_by(f64::total_cmp);
+        values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+    };
+    (
+        median(|f| f.median_s),
+        median(|f| f.peak_bytes),
+        median(|f| f.growth_bytes),
+    )
 }
 
-fn reference_ms(python: &Path, shape: &str) -> Result<f64> {
+fn lorad(root: &Path, shape: &str, way: &[&str]) -> Result<Figures> {
+    let mut command = Command::new(exec::target_dir(root).join("release/examples/bench_step"));
+    let steps = if shape.starts_with("sd15") { "3" } else { "20" };
+    // As the server starts its workers.
+    command
+        .args([shape, steps])
+        .args(way)
+        .env("MIMALLOC_PURGE_DELAY", "1000");
+    let figures = last_line(&exec::output(&mut command)?)?;
+    let growth = number(&figures, "last_rss_bytes")? - number(&figures, "first_rss_bytes")?;
+    Ok(Figures {
+        median_s: number(&figures, "median_s")?,
+        peak_bytes: number(&figures, "peak_rss_bytes")?,
+        growth_bytes: growth,
+    })
+}
+
+fn reference(python: &Path, shape: &str) -> Result<Figures> {
     let mut command = Command::new(python);
     command.args(["tools/reference/bench_step.py", "--shape", shape]);
-    let text = exec::output(&mut command)?;
-    let line = text.lines().last().context("the reference printed nothing")?;
-    let figures: Value = serde_json::from_str(line).with_context(|| format!("read `{line}`"))?;
-    figures["median_s"]
+    let figures = last_line(&exec::output(&mut command)?)?;
+    Ok(Figures {
+        median_s: number(&figures, "median_s")?,
+        peak_bytes: number(&figures, "peak_rss_bytes")?,
+        growth_bytes: 0.0,
+    })
+}
+
+fn last_line(text: &str) -> Result<Value> {
+    let line = text.lines().last().context("the benchmark printed nothing")?;
+    serde_json::from_str(line).with_context(|| format!("read `{line}`"))
+}
+
+fn number(figures: &Value, name: &str) -> Result<f64> {
+    figures[name]
         .as_f64()
-        .map(|s| s * 1000.0)
-        .with_context(|| format!("no `median_s` in `{line}`"))
+        .with_context(|| format!("no `{name}` in `{figures}`"))
 }

@@ -55,7 +55,13 @@ enum Command {
         check: bool,
     },
     /// Time a training step of lorad beside the reference's.
-    Bench,
+    Bench {
+        /// Shapes, e.g. demo-b16 sd15-b1; all that fit into 16 GB if none is given.
+        shapes: Vec<String>,
+        /// Times that each side is run, in turns.
+        #[arg(long, default_value_t = 2)]
+        rounds: usize,
+    },
     /// The architecture rules alone.
     Tidy,
     /// Check the vendored browser files against `static/vendor/VENDOR.toml`.
@@ -88,7 +94,7 @@ fn run(command: Command) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Golden { check } => golden::run(&root, check).map(|()| ExitCode::SUCCESS),
-        Command::Bench => bench::run(&root).map(|()| ExitCode::SUCCESS),
+        Command::Bench { shapes, rounds } => bench::run(&root, &shapes, rounds).map(|()| ExitCode::SUCCESS),
         Command::Tidy => tidy::print(&root),
         Command::Vendor => {
             let problems = vendor::check(&root);

@@ -41,9 +41,10 @@ impl Linear {
         if params.is_dry() {
             return Ok(Self(FrozenLinear::placeholder(in_features, out_features)));
         }
-        Ok(Self(FrozenLinear::new(
+        Ok(Self(FrozenLinear::with_type(
             &weight.reshape((out_features, in_features))?,
             bias.as_ref(),
+            params.weight_type(),
         )?))
     }
 
@@ -132,7 +133,12 @@ impl Conv2d {
         if params.is_dry() {
             return Ok(Self(FrozenConv2d::placeholder(in_channels, out_channels, geometry)));
         }
-        Ok(Self(FrozenConv2d::new(&weight, Some(&bias), geometry)?))
+        Ok(Self(FrozenConv2d::with_type(
+            &weight,
+            Some(&bias),
+            geometry,
+            params.weight_type(),
+        )?))
     }
 
     /// The convolution, plus what `plus` holds.

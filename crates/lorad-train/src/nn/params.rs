@@ -15,7 +15,10 @@ use std::{
 
 use candle_core::{Device, Result, Tensor, Var, bail};
 
-use crate::lora::{Adapter, AdapterSet};
+use crate::{
+    lora::{Adapter, AdapterSet},
+    ops::WeightType,
+};
 
 /// Gives frozen tensors by key, as f32 on the device asked for.
 pub trait TensorSource {
@@ -120,6 +123,7 @@ pub struct Loading<'a> {
     expected: RefCell<Vec<ExpectedTensor>>,
     adaptable: RefCell<Vec<AdaptableModule>>,
     stock_layer_norm: bool,
+    weight_type: WeightType,
 }
 
 impl<'a> Loading<'a> {
@@ -140,6 +144,7 @@ impl<'a> Loading<'a> {
             expected: RefCell::default(),
             adaptable: RefCell::default(),
             stock_layer_norm: false,
+            weight_type: WeightType::F32,
         }
     }
 
@@ -155,6 +160,7 @@ impl<'a> Loading<'a> {
             expected: RefCell::default(),
             adaptable: RefCell::default(),
             stock_layer_norm: false,
+            weight_type: WeightType::F32,
         }
     }
 
@@ -163,6 +169,13 @@ impl<'a> Loading<'a> {
     #[must_use]
     pub fn with_stock_layer_norm(mut self) -> Self {
         self.stock_layer_norm = true;
+        self
+    }
+
+    /// Holds the weights of linear layers and convolutions as `dtype`.
+    #[must_use]
+    pub fn with_weight_type(mut self, dtype: WeightType) -> Self {
+        self.weight_type = dtype;
         self
     }
 
@@ -245,6 +258,11 @@ impl Params<'_> {
     /// Whether this is a dry build: tensors have their shape but no memory, and packing them is a waste.
     pub fn is_dry(&self) -> bool {
         self.loading.source.is_none()
+    }
+
+    /// How weights are held.
+    pub(super) fn weight_type(&self) -> WeightType {
+        self.loading.weight_type
     }
 
     /// See [`Loading::with_stock_layer_norm`].

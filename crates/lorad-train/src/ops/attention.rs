@@ -6,8 +6,9 @@ use rayon::prelude::*;
 use super::{
     attach::{Value, attach, saved, with_values},
     composed,
-    gemm::{Into, Mat, matmul},
+    gemm::{Into, matmul},
     math::{dot, exp, sum, vectorized},
+    packed::Mat,
 };
 
 /// Query rows whose scores are held at once, per thread.

@@ -36,11 +36,12 @@ pub fn low_rank(x: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor
 /// [`linear`] on a frozen weight: one product forward, one backward.
 pub(super) fn frozen_linear(weight: &Tensor, bias: Option<&Tensor>, x: &Tensor) -> Result<Tensor> {
     let input = x.detach().contiguous()?;
-    let y = linear(weight, bias, &input)?.contiguous()?;
+    // A half weight is widened for each use, and only for its time.
+    let y = linear(&weight.to_dtype(x.dtype())?, bias, &input)?.contiguous()?;
     let shape = y.shape().clone();
     let weight = weight.clone();
     attach("frozen-linear", &[x], Value::Device(y), shape, move |g, _| {
-        Ok([Some(g.broadcast_matmul(&weight)?), None, None])
+        Ok([Some(g.broadcast_matmul(&weight.to_dtype(g.dtype())?)?), None, None])
     })
 }
 
@@ -70,13 +71,19 @@ pub(super) fn frozen_conv2d(
     x: &Tensor,
     plus: Conv2dPlus<'_>,
 ) -> Result<Tensor> {
-    let y = conv2d(weight, bias, geometry, &x.detach())?;
+    let y = conv2d(&weight.to_dtype(x.dtype())?, bias, geometry, &x.detach())?;
     let shape = y.shape().clone();
     let (_, height, width, _) = x.dims4()?;
     let kernel = weight.clone();
     let y = attach("frozen-conv2d", &[x], Value::Device(y), shape, move |g, _| {
         Ok([
-            Some(conv2d_input_grad(&kernel, geometry, g, height, width)?),
+            Some(conv2d_input_grad(
+                &kernel.to_dtype(g.dtype())?,
+                geometry,
+                g,
+                height,
+                width,
+            )?),
             None,
             None,
         ])

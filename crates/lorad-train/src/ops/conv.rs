@@ -1,6 +1,6 @@
 //! Two-dimensional convolution on frozen weights, channels last.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
@@ -8,8 +8,10 @@ use rayon::prelude::*;
 use super::{
     attach::{Value, attach, saved, with_values},
     composed,
-    gemm::{Mat, Packed, Start, multiply},
+    gemm::{Start, multiply},
+    packed::{Mat, Operand, Packed, WeightType},
     tape::is_tracked,
+    winograd::{Pictures, convolve},
 };
 
 /// Kernel side, stride and padding, the same in both directions.
@@ -66,10 +68,8 @@ struct Weights {
 #[derive(Debug)]
 enum Place {
     Cpu {
-        /// `(taps * in, out)`.
-        forward: Packed,
-        /// `(taps * out, in)`; made at the first backward.
-        backward: OnceLock<Packed>,
+        /// `(taps * in, out)`; the backward reads it transposed by taps.
+        weight: Packed,
         bias: Vec<f32>,
     },
     Device {
@@ -88,6 +88,19 @@ impl FrozenConv2d {
     /// # Errors
     /// If the shapes do not fit.
     pub fn new(weight: &Tensor, bias: Option<&Tensor>, geometry: ConvGeometry) -> Result<Self> {
+        Self::with_type(weight, bias, geometry, WeightType::F32)
+    }
+
+    /// [`Self::new`] with the kernel, not the bias, held as `dtype`. All arithmetic is in f32 nonetheless.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn with_type(
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        geometry: ConvGeometry,
+        dtype: WeightType,
+    ) -> Result<Self> {
         let (out_channels, in_channels, kh, kw) = weight.dims4()?;
         if kh != geometry.kernel || kw != geometry.kernel || bias.is_some_and(|b| b.dims() != [out_channels]) {
             bail!(
@@ -96,19 +109,22 @@ impl FrozenConv2d {
             )
         }
         let place = if weight.device().is_cpu() {
-            let taps_first = saved(&weight.permute((2, 3, 1, 0))?)?;
-            let depth = kh * kw * in_channels;
-            let forward = with_values([&taps_first], |[w]| {
-                Ok(Packed::new(Mat::rows(w, depth, out_channels, out_channels)))
+            let taps = kh * kw;
+            let weight = with_values([&saved(weight)?], |[w]| {
+                // Row (tap, i) is every output channel's value of that tap and input channel.
+                Ok(Packed::with(taps * in_channels, out_channels, dtype, |p| {
+                    let from = p % in_channels * taps + p / in_channels;
+                    let column = Mat::rows(&w[from..], out_channels, 1, in_channels * taps);
+                    (column.t(), 0)
+                }))
             })?;
             Place::Cpu {
-                forward,
-                backward: OnceLock::new(),
+                weight,
                 bias: bias.map_or(Ok(vec![0.0; out_channels]), Tensor::to_vec1)?,
             }
         } else {
             Place::Device {
-                weight: saved(weight)?,
+                weight: saved(weight)?.to_dtype(dtype.on_devices())?,
                 bias: bias.map(saved).transpose()?,
             }
         };
@@ -127,8 +143,7 @@ impl FrozenConv2d {
             out_channels,
             geometry,
             place: Place::Cpu {
-                forward: Packed::default(),
-                backward: OnceLock::new(),
+                weight: Packed::default(),
                 bias: Vec::new(),
             },
         }))
@@ -219,14 +234,18 @@ impl FrozenConv2d {
     }
 
     fn apply(&self, plan: &Plan, x: &[f32], start: Start<'_>, residual: Option<&[f32]>) -> Vec<f32> {
-        let Place::Cpu { forward, .. } = &self.0.place else {
+        let Place::Cpu { weight, .. } = &self.0.place else {
             return Vec::new();
         };
-        let taps = plan.input_of_output(self.0.in_channels);
         let mut y = vec![0.0; plan.batch * plan.output.0 * plan.output.1 * self.0.out_channels];
+        if let Some(pictures) = plan.for_winograd(weight.plain()) {
+            convolve(&mut y, x, pictures, weight.plain(), false, start, residual);
+            return y;
+        }
+        let taps = plan.input_of_output(self.0.in_channels);
         multiply(
             &mut y,
-            forward,
+            weight.plain(),
             plan.taps(),
             |row, tap| taps.segment(x, row, tap),
             start,
@@ -236,16 +255,19 @@ impl FrozenConv2d {
     }
 
     fn input_grad(&self, plan: &Plan, g: &[f32]) -> Vec<f32> {
-        let Place::Cpu { forward, backward, .. } = &self.0.place else {
+        let Place::Cpu { weight, .. } = &self.0.place else {
             return Vec::new();
         };
         let (k, n) = (self.0.in_channels, self.0.out_channels);
-        let packed = backward.get_or_init(|| swapped(forward, plan.taps(), k, n));
-        let taps = plan.output_of_input(n);
         let mut dx = vec![0.0; plan.batch * plan.input.0 * plan.input.1 * k];
+        if let Some(pictures) = plan.for_winograd(weight.swapped(9)) {
+            convolve(&mut dx, g, pictures, weight.swapped(9), true, Start::Zero, None);
+            return dx;
+        }
+        let taps = plan.output_of_input(n);
         multiply(
             &mut dx,
-            packed,
+            weight.swapped(plan.taps()),
             plan.taps(),
             |row, tap| taps.segment(g, row, tap),
             Start::Zero,
@@ -253,19 +275,6 @@ impl FrozenConv2d {
         );
         dx
     }
-}
-
-/// `(taps, in, out)` to `(taps, out, in)`, packed to packed.
-fn swapped(packed: &Packed, taps: usize, k: usize, n: usize) -> Packed {
-    let mut plain = vec![0.0; taps * k * n];
-    for tap in 0..taps {
-        for i in 0..k {
-            for j in 0..n {
-                plain[(tap * n + j) * k + i] = packed.get(tap * k + i, j);
-            }
-        }
-    }
-    Packed::new(Mat::rows(&plain, taps * n, k, k))
 }
 
 /// Sizes of one application.
@@ -303,6 +312,17 @@ impl Taps {
 impl Plan {
     fn taps(&self) -> usize {
         self.geometry.kernel * self.geometry.kernel
+    }
+
+    /// The pictures, if Winograd's way can compute this and is the faster one.
+    fn for_winograd(&self, weights: Operand<'_>) -> Option<Pictures> {
+        let pictures = Pictures {
+            batch: self.batch,
+            height: self.input.0,
+            width: self.input.1,
+        };
+        let fits = self.geometry == ConvGeometry::new(3, 1, 1);
+        (fits && pictures.suit(weights)).then_some(pictures)
     }
 
     /// Per output pixel and tap: the input pixel under it.
@@ -360,13 +380,15 @@ impl Plan {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::ops::testing::{assert_same_op, random};
+    use crate::ops::testing::{adjoint, assert_same_op, random};
 
     #[test]
     fn every_geometry_equals_candles_convolution_in_value_and_gradient() {
         for (geometry, h, w, k, n) in [
             (ConvGeometry::new(3, 1, 1), 5, 4, 3, 5),
             (ConvGeometry::new(3, 1, 1), 8, 8, 32, 48),
+            (ConvGeometry::new(3, 1, 1), 13, 11, 64, 72),
+            (ConvGeometry::new(3, 1, 1), 12, 12, 71, 64),
             (ConvGeometry::new(3, 2, 1), 8, 6, 16, 17),
             (ConvGeometry::new(1, 1, 0), 4, 4, 8, 16),
             (
@@ -388,6 +410,10 @@ mod tests {
                 |t| layer.forward(&t[0], Conv2dPlus::default()),
                 |t| composed::conv2d(&weight, Some(&bias), geometry, &t[0]),
             );
+            let plain = FrozenConv2d::new(&weight, None, geometry).unwrap();
+            adjoint(&[&random(&[3, h, w, k], 4)], |t| {
+                plain.forward(&t[0], Conv2dPlus::default())
+            });
         }
     }
 

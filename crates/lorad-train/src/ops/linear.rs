@@ -1,13 +1,14 @@
 //! Linear layers on frozen weights, with or without an adapter beside them.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use candle_core::{Result, Shape, Tensor, bail};
 
 use super::{
     attach::{Value, attach, saved, with_values},
     composed,
-    gemm::{Mat, Packed, Start, multiply},
+    gemm::{Start, multiply, product_over_rows},
+    packed::{Mat, Packed, WeightType},
 };
 
 /// `y = x Wᵀ + b` with frozen `W` and `b`: only `x` gets a gradient. Cloning shares the weights.
@@ -24,10 +25,8 @@ struct Weights {
 #[derive(Debug)]
 enum Place {
     Cpu {
-        /// `(in, out)`.
-        forward: Packed,
-        /// `(out, in)`; made at the first backward, so that a frozen encoder never pays for it.
-        backward: OnceLock<Packed>,
+        /// `(in, out)`; the backward reads it transposed.
+        weight: Packed,
         bias: Option<Vec<f32>>,
     },
     Device {
@@ -46,22 +45,30 @@ impl FrozenLinear {
     /// # Errors
     /// If the shapes do not fit.
     pub fn new(weight: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
+        Self::with_type(weight, bias, WeightType::F32)
+    }
+
+    /// [`Self::new`] with the weight, not the bias, held as `dtype`. All arithmetic is in f32 nonetheless.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn with_type(weight: &Tensor, bias: Option<&Tensor>, dtype: WeightType) -> Result<Self> {
         let (out_features, in_features) = weight.dims2()?;
         if bias.is_some_and(|b| b.dims() != [out_features]) {
             bail!("bias {bias:?} beside a weight ({out_features}, {in_features})")
         }
         let place = if weight.device().is_cpu() {
-            let forward = with_values([&saved(weight)?], |[w]| {
-                Ok(Packed::new(Mat::rows(w, out_features, in_features, in_features).t()))
+            let weight = with_values([&saved(weight)?], |[w]| {
+                let matrix = Mat::rows(w, out_features, in_features, in_features).t();
+                Ok(Packed::with(in_features, out_features, dtype, |p| (matrix, p)))
             })?;
             Place::Cpu {
-                forward,
-                backward: OnceLock::new(),
+                weight,
                 bias: bias.map(Tensor::to_vec1).transpose()?,
             }
         } else {
             Place::Device {
-                weight: saved(weight)?,
+                weight: saved(weight)?.to_dtype(dtype.on_devices())?,
                 bias: bias.map(saved).transpose()?,
             }
         };
@@ -78,8 +85,7 @@ impl FrozenLinear {
             in_features,
             out_features,
             place: Place::Cpu {
-                forward: Packed::default(),
-                backward: OnceLock::new(),
+                weight: Packed::default(),
                 bias: None,
             },
         }))
@@ -143,37 +149,31 @@ impl FrozenLinear {
     }
 
     fn apply(&self, x: &[f32], m: usize, residual: Option<&[f32]>) -> Vec<f32> {
-        let Place::Cpu { forward, bias, .. } = &self.0.place else {
+        let Place::Cpu { weight, bias } = &self.0.place else {
             return Vec::new();
         };
         let k = self.0.in_features;
         let mut y = vec![0.0; m * self.0.out_features];
         let start = bias.as_deref().map_or(Start::Zero, Start::Row);
-        multiply(&mut y, forward, 1, |i, _| &x[i * k..(i + 1) * k], start, residual);
+        multiply(
+            &mut y,
+            weight.plain(),
+            1,
+            |i, _| &x[i * k..(i + 1) * k],
+            start,
+            residual,
+        );
         y
     }
 
     /// `dx = start + g W`.
     fn input_grad(&self, dx: &mut [f32], g: &[f32], start: Start<'_>) {
-        let Place::Cpu { forward, backward, .. } = &self.0.place else {
+        let Place::Cpu { weight, .. } = &self.0.place else {
             return;
         };
         let n = self.0.out_features;
-        let packed = backward.get_or_init(|| transposed(forward));
-        multiply(dx, packed, 1, |i, _| &g[i * n..(i + 1) * n], start, None);
+        multiply(dx, weight.swapped(1), 1, |i, _| &g[i * n..(i + 1) * n], start, None);
     }
-}
-
-/// The packed transpose of a packed matrix.
-fn transposed(packed: &Packed) -> Packed {
-    let (depth, width) = (packed.depth(), packed.width());
-    let mut plain = vec![0.0; depth * width];
-    for i in 0..depth {
-        for j in 0..width {
-            plain[j * depth + i] = packed.get(i, j);
-        }
-    }
-    Packed::new(Mat::rows(&plain, width, depth, depth))
 }
 
 /// A frozen linear layer with an adapter beside it, as one node of the graph:
@@ -203,11 +203,11 @@ pub fn lora_linear(base: &FrozenLinear, x: &Tensor, a: &Tensor, b: &Tensor, scal
     let (y, h) = with_values([&saved_x, &saved_a, &saved_b], |[x, a, b]| {
         let mut h = vec![0.0; m * r];
         let at = Packed::new(Mat::rows(a, r, k, k).t());
-        multiply(&mut h, &at, 1, |i, _| &x[i * k..(i + 1) * k], Start::Zero, None);
+        multiply(&mut h, at.plain(), 1, |i, _| &x[i * k..(i + 1) * k], Start::Zero, None);
         scale_by(&mut h, scale);
         let mut y = base.apply(x, m, None);
         let bt = Packed::new(Mat::rows(b, n, r, r).t());
-        multiply(&mut y, &bt, 1, |i, _| &h[i * r..(i + 1) * r], Start::Old, None);
+        multiply(&mut y, bt.plain(), 1, |i, _| &h[i * r..(i + 1) * r], Start::Old, None);
         Ok((y, h))
     })?;
     let base = base.clone();
@@ -216,16 +216,30 @@ pub fn lora_linear(base: &FrozenLinear, x: &Tensor, a: &Tensor, b: &Tensor, scal
             // u = scale · g B is the gradient of x Aᵀ; h = scale · x Aᵀ was kept.
             let mut u = vec![0.0; m * r];
             let packed_b = Packed::new(Mat::rows(b, n, r, r));
-            multiply(&mut u, &packed_b, 1, |i, _| &g[i * n..(i + 1) * n], Start::Zero, None);
+            multiply(
+                &mut u,
+                packed_b.plain(),
+                1,
+                |i, _| &g[i * n..(i + 1) * n],
+                Start::Zero,
+                None,
+            );
             scale_by(&mut u, scale);
-            let da = product_over_rows(&u, r, x, k, m);
-            let dbt = product_over_rows(&h, r, g, n, m);
+            let da = product_over_rows(&u, r, x, k);
+            let dbt = product_over_rows(&h, r, g, n);
             let db = transpose(&dbt, r, n);
             // An untracked input (the prompt's embeddings) needs no gradient: skipping it saves a product with W.
             let dx = if needed[0] {
                 let mut dx = vec![0.0; m * k];
                 let packed_a = Packed::new(Mat::rows(a, r, k, k));
-                multiply(&mut dx, &packed_a, 1, |i, _| &u[i * r..(i + 1) * r], Start::Zero, None);
+                multiply(
+                    &mut dx,
+                    packed_a.plain(),
+                    1,
+                    |i, _| &u[i * r..(i + 1) * r],
+                    Start::Zero,
+                    None,
+                );
                 base.input_grad(&mut dx, g, Start::Old);
                 Some(Tensor::from_vec(dx, saved_x.shape(), grad.device())?)
             } else {
@@ -256,20 +270,11 @@ fn transpose(matrix: &[f32], rows: usize, cols: usize) -> Vec<f32> {
     out
 }
 
-/// `uᵀ x`: `(r, n)` from `u` (m, r) and `x` (m, n).
-fn product_over_rows(u: &[f32], r: usize, x: &[f32], n: usize, m: usize) -> Vec<f32> {
-    let ut = transpose(u, m, r);
-    let packed = Packed::new(Mat::rows(x, m, n, n));
-    let mut out = vec![0.0; r * n];
-    multiply(&mut out, &packed, 1, |i, _| &ut[i * m..(i + 1) * m], Start::Zero, None);
-    out
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::ops::testing::{assert_close, assert_same_op, random};
+    use crate::ops::testing::{adjoint, assert_close, assert_same_op, random};
 
     #[test]
     fn a_frozen_layer_equals_the_composed_one_with_and_without_residual() {
@@ -286,6 +291,10 @@ mod tests {
                 |t| layer.forward(&t[0], None),
                 |t| composed::linear(&w, Some(&b), &t[0]),
             );
+            let plain = FrozenLinear::new(&w, None).unwrap();
+            adjoint(&[&random(&[m, k], 5), &random(&[m, n], 6)], |t| {
+                plain.forward(&t[0], Some(&t[1]))
+            });
         }
     }
 

@@ -18,14 +18,17 @@ mod gemm;
 mod linear;
 mod math;
 mod norm;
+mod packed;
 mod pointwise;
 mod tape;
 #[cfg(test)]
 mod testing;
+mod winograd;
 
 pub use attention::attention;
 pub use conv::{Conv2dPlus, ConvGeometry, FrozenConv2d};
 pub use linear::{FrozenLinear, lora_linear};
 pub use norm::{group_norm, layer_norm};
+pub use packed::WeightType;
 pub use pointwise::{Activation, activation, add, cat_channels, geglu, upsample_nearest_2x};
 pub use tape::{on_tape, reshape, segment};

@@ -296,7 +296,7 @@ pub fn upsample_nearest_2x(x: &Tensor) -> Result<Tensor> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::ops::testing::{assert_same_op, random};
+    use crate::ops::testing::{adjoint, assert_same_op, random};
 
     #[test]
     fn activations_equal_candles() {
@@ -329,6 +329,9 @@ mod tests {
             |t| add(&t[0], &t[1]),
             |t| &t[0] + &t[1],
         );
+        adjoint(&[&a, &b], |t| cat_channels(&t[0], &t[1]));
+        adjoint(&[&a], |t| upsample_nearest_2x(&t[0]));
+        adjoint(&[&a, &a], |t| add(&t[0], &t[1]));
         assert_same_op(
             &[&a],
             |t| upsample_nearest_2x(&t[0]),

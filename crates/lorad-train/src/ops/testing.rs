@@ -35,6 +35,32 @@ pub(super) fn assert_close(ours: &Tensor, exact: &Tensor, tolerance: f32) {
     }
 }
 
+/// `⟨J x, G⟩ = ⟨x, Jᵀ G⟩` for an op that is linear in all its operands together.
+pub(super) fn adjoint(inputs: &[&Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
+    let vars: Vec<Var> = inputs.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
+    let nodes: Vec<Tensor> = vars.iter().map(|v| (v.as_tensor() * 1.0).unwrap()).collect();
+    let y = f(&nodes).unwrap();
+    let g = random(y.dims(), 78);
+    let grads = (&y * &g).unwrap().sum_all().unwrap().backward().unwrap();
+    let inner = |a: &Tensor, b: &Tensor| -> (f64, f64) {
+        let products = values(a)
+            .into_iter()
+            .zip(values(b))
+            .map(|(a, b)| f64::from(a) * f64::from(b));
+        products.fold((0.0, 0.0), |(sum, size), p| (sum + p, size + p * p))
+    };
+    let (forward, size) = inner(&y, &g);
+    let backward: f64 = vars
+        .iter()
+        .zip(inputs)
+        .map(|(v, x)| inner(grads.get(v.as_tensor()).unwrap(), x).0)
+        .sum();
+    assert!(
+        (forward - backward).abs() <= 1e-5 * size.sqrt(),
+        "<Jx, G> = {forward}, <x, J'G> = {backward}"
+    );
+}
+
 /// Runs both forms on Vars with the same values, pulls the same random gradient back, and compares everything.
 pub(super) fn assert_same_op(
     inputs: &[&Tensor],

@@ -174,12 +174,23 @@ impl Family for Sd1 {
         if number("lr_warmup_steps") >= total_steps && number("lr_warmup_steps") > 1 {
             warnings.push("The warm-up is as long as the run: the learning rate never reaches its value.".to_owned());
         }
-        let unet_bytes = 4 * parameters(&base, keys::Part::Unet)?;
+        let text = |name: &str| hyperparameters.get(name).and_then(Value::as_str);
+        let memory = Memory::estimate(
+            &base,
+            if matches!(text("mixed_precision"), Some("fp16" | "bf16")) {
+                2
+            } else {
+                4
+            },
+            batch,
+            number("resolution"),
+            trainable_params,
+        )?;
         Ok(Plan {
             total_steps,
             batches_per_epoch: items.div_ceil(batch.max(1)),
             trainable_params,
-            memory_bytes: memory_estimate(&base, unet_bytes, batch, number("resolution"), trainable_params),
+            memory_bytes: memory.total(text("gradient_checkpointing") == Some("on")),
             warnings,
         })
     }
@@ -238,22 +249,55 @@ fn weight_bytes(dir: &Path) -> u64 {
         .sum()
 }
 
-/// Peak memory of training, roughly: frozen weights (packed for the forward and, for convolutions, the backward), what the
-/// graph keeps of each sample, and the adapter with its gradient and moments.
-fn memory_estimate(base: &BaseFolder, unet_bytes: u64, batch: u64, resolution: u64, trainable: u64) -> u64 {
-    /// Activations that a layer (residual block and transformer) keeps, in units of its output.
-    const KEPT_PER_LAYER: u64 = 40;
-    let side = resolution / base.vae.downscale() as u64;
-    let activations: u64 = base
-        .unet
-        .block_out_channels
-        .iter()
-        .zip(&base.unet.layers_per_block)
-        .enumerate()
-        .map(|(level, (&channels, &layers))| {
+/// Memory of training, roughly, in bytes.
+#[derive(Debug, Clone, Copy)]
+struct Memory {
+    /// Frozen weights, the adapter with its gradient and moments, and the program.
+    fixed: u64,
+    /// What the graph keeps of the forward pass.
+    activations: u64,
+    /// What of that is kept with gradient checkpointing, with the layer that is being computed again.
+    checkpoints: u64,
+}
+
+impl Memory {
+    /// For weights of `weight_bytes` each.
+    fn estimate(
+        base: &BaseFolder,
+        weight_bytes: u64,
+        batch: u64,
+        resolution: u64,
+        trainable: u64,
+    ) -> Result<Self, Problem> {
+        /// Activations that a layer (residual block and transformer) keeps, in units of its output; measured.
+        const KEPT_PER_LAYER: u64 = 40;
+        let side = resolution / base.vae.downscale() as u64;
+        let (mut outputs, mut largest) = (0, 0);
+        for (level, (&channels, &layers)) in base
+            .unet
+            .block_out_channels
+            .iter()
+            .zip(&base.unet.layers_per_block)
+            .enumerate()
+        {
             let side = side >> level;
-            side * side * channels as u64 * (2 * layers as u64 + 1) * KEPT_PER_LAYER
+            let output = 4 * batch * side * side * channels as u64;
+            outputs += output * (2 * layers as u64 + 1);
+            largest = output.max(largest);
+        }
+        Ok(Self {
+            fixed: weight_bytes * parameters(base, keys::Part::Unet)? + 4 * 5 * trainable + (64 << 20),
+            activations: outputs * KEPT_PER_LAYER,
+            checkpoints: 2 * outputs + largest * KEPT_PER_LAYER,
         })
-        .sum();
-    2 * unet_bytes + 4 * batch * activations + 4 * 5 * trainable + (64 << 20)
+    }
+
+    fn total(&self, checkpointing: bool) -> u64 {
+        self.fixed
+            + if checkpointing {
+                self.checkpoints
+            } else {
+                self.activations
+            }
+    }
 }

@@ -9,6 +9,7 @@ use crate::{
     diffusion::loss::{self, LossConfig},
     diffusion::schedule::PredictionType,
     lora::init::LoraInit,
+    ops::WeightType,
     optim,
     schema::{Field, Group, Kind, field, not_negative, positive},
     validation,
@@ -164,6 +165,22 @@ static FIELDS: &[Field] = &[
         "What the model predicts; auto reads the base model's scheduler.",
     ),
     field(
+        "mixed_precision",
+        Kind::Choice(&["no", "fp16", "bf16"]),
+        "\"no\"",
+        "",
+        Advanced,
+        "How the frozen weights of the UNet are held: fp16 and bf16 halve their memory; adapter, optimizer and arithmetic stay in 32 bits.",
+    ),
+    field(
+        "gradient_checkpointing",
+        Kind::Choice(&["auto", "on", "off"]),
+        "\"auto\"",
+        "",
+        Advanced,
+        "Compute activations again for the backward pass instead of keeping them: less memory, about a third more time, the same result; auto: where memory is short. On the CPU only.",
+    ),
+    field(
         "seed",
         Kind::Integer { min: 0, max: u64::MAX },
         "42",
@@ -205,6 +222,8 @@ pub(super) struct Settings {
     pub(super) random_flip: bool,
     pub(super) caption_dropout: f64,
     pub(super) prediction_type: PredictionType,
+    pub(super) mixed_precision: MixedPrecision,
+    pub(super) gradient_checkpointing: GradientCheckpointing,
     pub(super) seed: u64,
     pub(super) zero_terminal_snr: bool,
     pub(super) noise_offset: f64,
@@ -226,6 +245,47 @@ impl Settings {
             self.lora_alpha * (self.lora_rank as f64).sqrt()
         } else {
             self.lora_alpha
+        }
+    }
+}
+
+/// `mixed_precision`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum MixedPrecision {
+    No,
+    Fp16,
+    Bf16,
+}
+
+impl MixedPrecision {
+    /// How frozen weights are held.
+    pub(super) fn weight_type(self) -> WeightType {
+        match self {
+            Self::No => WeightType::F32,
+            Self::Fp16 => WeightType::F16,
+            Self::Bf16 => WeightType::Bf16,
+        }
+    }
+}
+
+/// `gradient_checkpointing`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum GradientCheckpointing {
+    Auto,
+    On,
+    Off,
+}
+
+impl GradientCheckpointing {
+    /// Whether a step that would take `needed` bytes without it should use it, with `available` bytes of memory.
+    pub(super) fn decide(self, needed: u64, available: Option<u64>) -> bool {
+        match self {
+            Self::On => true,
+            Self::Off => false,
+            // A tenth is left for what the estimate does not know.
+            Self::Auto => available.is_some_and(|bytes| needed > bytes / 10 * 9),
         }
     }
 }
@@ -374,6 +434,13 @@ mod tests {
             settings.effective_alpha() / 16.0
         };
         assert_eq!([scale(false), scale(true)], [0.5, 2.0]);
+    }
+
+    #[test]
+    fn checkpointing_is_automatic_only_where_memory_is_short() {
+        use GradientCheckpointing::{Auto, Off, On};
+        assert!(!Auto.decide(50, Some(100)) && Auto.decide(95, Some(100)) && !Auto.decide(95, None));
+        assert!(On.decide(1, Some(100)) && !Off.decide(1000, Some(100)));
     }
 
     #[test]

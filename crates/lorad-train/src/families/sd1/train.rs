@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path};
 use candle_core::{Device, Tensor};
 use image::RgbImage;
 use lorad_proto::{
-    event::ResultFile,
+    event::{Level, ResultFile},
     problem::Problem,
     spec::{AttemptSpec, Sampling},
 };
@@ -149,7 +149,27 @@ impl Sd1Task {
         let vae = (!sampling.prompts.is_empty()).then(|| vae.without_encoder());
 
         let adapters = fresh_adapters(&base, &settings, device)?;
-        let unet = UNet2DConditionModel::load(&base, device, &adapters)?;
+        let dtype = settings.mixed_precision.weight_type();
+        let unet = UNet2DConditionModel::load_as(&base, device, &adapters, dtype)?;
+        let batch = settings.batch_size as u64;
+        let trainable = adapters.named_vars().iter().map(|(_, v)| v.elem_count() as u64).sum();
+        let memory = super::Memory::estimate(&base, 0, batch, u64::from(settings.resolution), trainable)?;
+        // The weights are loaded by now; what is asked is whether the rest fits.
+        let checkpointing = settings
+            .gradient_checkpointing
+            .decide(memory.total(false), crate::memory::available_bytes());
+        if checkpointing && !device.is_cpu() {
+            reporter.log(
+                Level::Warn,
+                "gradient_checkpointing works on the CPU only; activations are kept",
+            );
+        } else if checkpointing {
+            reporter.log(
+                Level::Info,
+                "gradient checkpointing: activations are computed twice, not kept",
+            );
+        }
+        unet.set_gradient_checkpointing(checkpointing);
         Ok(Self {
             base,
             settings,

@@ -22,7 +22,7 @@ use super::{
 use crate::{
     lora::AdapterSet,
     nn::{AdaptableModule, AdapterSwitch, Conv2d, GroupNorm, Loading, TensorSource},
-    ops::{self, Conv2dPlus, ConvGeometry},
+    ops::{self, Conv2dPlus, ConvGeometry, WeightType},
 };
 
 /// The UNet of Stable Diffusion 1.x and 2.x: frozen weights, adapters beside them.
@@ -52,10 +52,30 @@ impl UNet2DConditionModel {
     /// Weights that do not fit the config; adapters that do not fit, or that no module takes.
     pub fn load(base: &BaseFolder, device: &Device, adapters: &AdapterSet) -> crate::Result<Self> {
         let weights = base.weights(super::keys::Part::Unet)?;
-        Ok(Self::from_source(&base.unet, &weights, device, adapters)?)
+        Ok(Self::from_source(
+            &base.unet,
+            &weights,
+            device,
+            adapters,
+            WeightType::F32,
+        )?)
     }
 
-    /// [`Self::load`] from any source of tensors.
+    /// [`Self::load`] with the weights held as `dtype`; adapters, activations and arithmetic stay f32.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_as(
+        base: &BaseFolder,
+        device: &Device,
+        adapters: &AdapterSet,
+        dtype: WeightType,
+    ) -> crate::Result<Self> {
+        let weights = base.weights(super::keys::Part::Unet)?;
+        Ok(Self::from_source(&base.unet, &weights, device, adapters, dtype)?)
+    }
+
+    /// [`Self::load_as`] from any source of tensors.
     ///
     /// # Errors
     /// What the source returns; adapters that do not fit, or that no module takes.
@@ -64,8 +84,9 @@ impl UNet2DConditionModel {
         source: &dyn TensorSource,
         device: &Device,
         adapters: &AdapterSet,
+        dtype: WeightType,
     ) -> Result<Self> {
-        let loading = Loading::new(source, device, adapters, "unet");
+        let loading = Loading::new(source, device, adapters, "unet").with_weight_type(dtype);
         let model = Self::build(config, &loading)?;
         loading.finish()?;
         Ok(model)

@@ -47,18 +47,19 @@ impl TimeEmbedding {
     /// # Shapes
     /// `timesteps` (b,) -> (b, width).
     pub(super) fn forward(&self, timesteps: &Tensor) -> Result<Tensor> {
-        let steps = timesteps.to_dtype(candle_core::DType::F32)?.to_vec1::<f32>()?;
-        let mut sinusoids = Vec::with_capacity(steps.len() * self.frequencies.len() * 2);
-        for t in &steps {
-            let sin = self.frequencies.iter().map(|f| (t * f).sin());
-            let cos = self.frequencies.iter().map(|f| (t * f).cos());
-            if self.flip_sin_to_cos {
-                sinusoids.extend(cos.chain(sin));
-            } else {
-                sinusoids.extend(sin.chain(cos));
-            }
-        }
-        let sinusoids = Tensor::from_vec(sinusoids, (steps.len(), self.frequencies.len() * 2), timesteps.device())?;
+        // On the device: reading the timesteps back would wait for it.
+        let half = self.frequencies.len();
+        let frequencies = Tensor::from_slice(&self.frequencies, (1, half), timesteps.device())?;
+        let angles = timesteps
+            .to_dtype(candle_core::DType::F32)?
+            .unsqueeze(1)?
+            .broadcast_mul(&frequencies)?;
+        let (sin, cos) = (angles.sin()?, angles.cos()?);
+        let sinusoids = if self.flip_sin_to_cos {
+            Tensor::cat(&[cos, sin], 1)?
+        } else {
+            Tensor::cat(&[sin, cos], 1)?
+        };
         let h = ops::activation(&self.linear_1.forward(&sinusoids, None)?, Activation::Silu)?;
         ops::activation(&self.linear_2.forward(&h, None)?, Activation::Silu)
     }
