@@ -17,7 +17,7 @@ use walkdir::WalkDir;
 use zip::ZipWriter;
 
 use super::{
-    adapter::{HostAdapter, delta},
+    adapter::{HostAdapter, delta, relative_error},
     zip_error, zip_options,
 };
 use crate::{Result, TrainError};
@@ -25,12 +25,30 @@ use crate::{Result, TrainError};
 /// What was merged: for the receipt.
 #[derive(Debug, Default)]
 pub(super) struct Merged {
-    /// Archive entries with UNet weights, each with its merged tensors' bytes hashed.
+    /// Adapted modules.
     pub(super) modules: BTreeSet<String>,
-    /// SHA-256 of the data section of each UNet weight entry, as computed while writing.
-    pub(super) entries: BTreeMap<String, String>,
+    /// The archive's entries with UNet weights.
+    pub(super) entries: BTreeMap<String, Entry>,
     /// Dtypes of merged tensors.
     pub(super) dtypes: BTreeSet<String>,
+}
+
+/// An archive entry with UNet weights.
+#[derive(Debug)]
+pub(super) struct Entry {
+    /// The base's file that it was made from.
+    pub(super) base: PathBuf,
+    /// SHA-256 of all its bytes, as computed while writing.
+    pub(super) sha256: String,
+}
+
+/// What reading merged weights back showed.
+#[derive(Debug, Default)]
+pub(super) struct Reread {
+    /// Adapted modules whose weight was found.
+    pub(super) modules: BTreeSet<String>,
+    /// Largest difference to `W + ΔW` over the largest such value, of any module.
+    pub(super) worst: f64,
 }
 
 /// Writes the archive.
@@ -43,8 +61,8 @@ pub(super) fn write(out: &mut File, base: &Path, adapter: &HostAdapter) -> Resul
     for (from, name) in pipeline_files(base)? {
         zip.start_file(name.as_str(), zip_options()).map_err(zip_error(&from))?;
         if name.starts_with("unet/") && name.ends_with(".safetensors") {
-            let hash = merge_weights(&from, &mut zip, adapter, &mut merged)?;
-            merged.entries.insert(name, hash);
+            let sha256 = merge_weights(&from, &mut zip, adapter, &mut merged)?;
+            merged.entries.insert(name, Entry { base: from, sha256 });
         } else if name.ends_with(".index.json") {
             let text = fs::read_to_string(&from).map_err(TrainError::io("read", &from))?;
             zip.write_all(plain_name(&text).as_bytes())
@@ -158,6 +176,89 @@ fn merge_weights(from: &Path, out: &mut impl Write, adapter: &HostAdapter, merge
         write(&bytes)?;
     }
     Ok(hex::encode(hasher.finalize()))
+}
+
+/// Reads merged weights beside the base's, tensor by tensor: `W' - W` against ΔW, as a user of the file would see it.
+///
+/// # Errors
+/// A value that differs from `W + ΔW` by more than its dtype's rounding, a tensor that should be a copy and is not, or a
+/// file that cannot be read.
+pub(super) fn reread(name: &str, entry: &mut impl Read, base: &Path, adapter: &HostAdapter) -> Result<Reread> {
+    let entry_path = Path::new(name);
+    let mut base_file = BufReader::new(File::open(base).map_err(TrainError::io("read", base))?);
+    let (_, base_tensors) = read_header(base, &mut base_file)?;
+    let (_, tensors) = read_header(entry_path, entry)?;
+    let keys = |tensors: &[Stored]| -> Vec<String> { tensors.iter().map(|t| t.key.clone()).collect() };
+    if keys(&tensors) != keys(&base_tensors) {
+        return Err(differs(name, "its tensors are not the base's").into());
+    }
+    let mut found = Reread::default();
+    for (stored, original) in tensors.iter().zip(&base_tensors) {
+        let (mut after, mut before) = (vec![0; stored.bytes], vec![0; original.bytes]);
+        entry
+            .read_exact(&mut after)
+            .map_err(TrainError::io("read", entry_path))?;
+        base_file
+            .read_exact(&mut before)
+            .map_err(TrainError::io("read", base))?;
+        let module = stored.key.strip_suffix(".weight").map(|m| format!("unet.{m}"));
+        let Some((module, factors)) = module.and_then(|m| adapter.modules.get(&m).map(|f| (m, f))) else {
+            if after != before {
+                return Err(differs(name, &format!("{} has no adapter and changed", stored.key)).into());
+            }
+            continue;
+        };
+        let (after, before) = (decode(&after, &stored.dtype), decode(&before, &original.dtype));
+        let expected: Vec<f64> = before
+            .iter()
+            .zip(delta(&factors.a, &factors.b, adapter.scale()))
+            .map(|(w, d)| w + d)
+            .collect();
+        let error = relative_error(&after, &expected);
+        if error > rounding(&stored.dtype) {
+            return Err(differs(name, &format!("{} differs from W + ΔW by {error:.1e}", stored.key)).into());
+        }
+        found.worst = found.worst.max(error);
+        found.modules.insert(module);
+    }
+    Ok(found)
+}
+
+/// Half the distance between neighbouring values of a float type, relative.
+fn rounding(dtype: &str) -> f64 {
+    match dtype {
+        "F16" => 2.0_f64.powi(-11),
+        "BF16" => 2.0_f64.powi(-8),
+        _ => 2.0_f64.powi(-24),
+    }
+}
+
+/// The values behind `bytes`; empty for a type that is no float type here.
+fn decode(bytes: &[u8], dtype: &str) -> Vec<f64> {
+    match dtype {
+        "F16" => bytes
+            .chunks_exact(2)
+            .map(|b| f16::from_le_bytes([b[0], b[1]]).to_f64())
+            .collect(),
+        "BF16" => bytes
+            .chunks_exact(2)
+            .map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f64())
+            .collect(),
+        "F32" => bytes
+            .chunks_exact(4)
+            .map(|b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])))
+            .collect(),
+        _ => Vec::new(),
+    }
+}
+
+fn differs(name: &str, what: &str) -> Problem {
+    Problem::new(
+        "export.mismatch",
+        "A result file does not hold the adapter that was trained",
+        format!("{name}: {what}."),
+    )
+    .with_hint("This is a bug in lorad, or the base model changed while the job ran; the file must not be used.")
 }
 
 /// Adds `delta` to the values behind `bytes`, rounding once. `None`: not a float type.

@@ -135,7 +135,7 @@ pub fn write_results(dir: &Path, job: &ExportJob<'_>) -> Result<Vec<ResultFile>>
         let path = dir.join(MERGED_FILE);
         let merged = replace_file(&path, |file| merged::write(file, &job.base.dir, &adapter))?;
         let file = describe(dir, MERGED_FILE, ResultKind::Merged)?;
-        checks.push(receipt::check_merged(&path, &file, &merged)?);
+        checks.push(receipt::check_merged(&path, &file, &merged, &adapter)?);
         written.push(file);
     }
 

@@ -16,7 +16,7 @@ use zip::ZipArchive;
 use super::{
     adapter::{HostAdapter, delta, relative_error},
     formats,
-    merged::Merged,
+    merged::{self, Merged},
     tensors::TensorFile,
     zip_error,
 };
@@ -66,27 +66,30 @@ pub(super) fn check_peft(dir: &Path, file: &ResultFile, adapter: &HostAdapter) -
     compare(file, &stored, &found, adapter, str::to_owned, 2)
 }
 
-/// Every entry of the merged archive reads back (its checksum holds), and the UNet's weights are the bytes that were
-/// computed.
-pub(super) fn check_merged(path: &Path, file: &ResultFile, merged: &Merged) -> Result<Check> {
+/// Every entry of the merged archive reads back (its checksum holds), and the UNet's weights are the base's plus ΔW, but
+/// for one rounding to their dtype.
+pub(super) fn check_merged(path: &Path, file: &ResultFile, merged: &Merged, adapter: &HostAdapter) -> Result<Check> {
     let archive = File::open(path).map_err(TrainError::io("read", path))?;
     let mut zip = ZipArchive::new(archive).map_err(zip_error(path))?;
     let mut keys = Vec::new();
-    let mut buffer = vec![0; 1 << 20];
+    let mut modules = BTreeSet::new();
+    let mut worst = 0.0_f64;
     for i in 0..zip.len() {
-        let mut entry = zip.by_index(i).map_err(zip_error(path))?;
+        let entry = zip.by_index(i).map_err(zip_error(path))?;
         let name = entry.name().map_err(zip_error(path))?.into_owned();
-        let mut hasher = Sha256::new();
-        loop {
-            let n = entry.read(&mut buffer).map_err(TrainError::io("read", path))?;
-            if n == 0 {
-                break;
-            }
-            hasher.update(&buffer[..n]);
+        let mut entry = Hashing {
+            inner: entry,
+            hasher: Sha256::new(),
+        };
+        let weights = merged.entries.get(&name);
+        if let Some(weights) = weights {
+            let found = merged::reread(&name, &mut entry, &weights.base, adapter)?;
+            worst = worst.max(found.worst);
+            modules.extend(found.modules);
         }
-        if let Some(expected) = merged.entries.get(&name)
-            && hex::encode(hasher.finalize()) != *expected
-        {
+        // To the end: only there does the archive check its own sum.
+        std::io::copy(&mut entry, &mut std::io::sink()).map_err(TrainError::io("read", path))?;
+        if weights.is_some_and(|weights| hex::encode(entry.hasher.finalize()) != weights.sha256) {
             return Err(wrong(file, &format!("{name} differs from what was written")).into());
         }
         keys.push(name);
@@ -94,13 +97,30 @@ pub(super) fn check_merged(path: &Path, file: &ResultFile, merged: &Merged) -> R
     if let Some(lost) = merged.entries.keys().find(|name| !keys.contains(name)) {
         return Err(wrong(file, &format!("{lost} is missing")).into());
     }
+    if let Some(lost) = adapter.modules.keys().find(|module| !modules.contains(*module)) {
+        return Err(wrong(file, &format!("module {lost} is missing")).into());
+    }
     Ok(Check {
         file: file.clone(),
         keys,
-        n_modules: merged.modules.len(),
-        max_relative_error: 0.0,
-        extra: json!({"dtypes": merged.dtypes}),
+        n_modules: modules.len(),
+        max_relative_error: worst,
+        extra: json!({"compared": "W + ΔW, stored as the base's dtype", "dtypes": merged.dtypes}),
     })
+}
+
+/// Hashes what is read through it.
+struct Hashing<R> {
+    inner: R,
+    hasher: Sha256,
+}
+
+impl<R: Read> Read for Hashing<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let n = self.inner.read(buffer)?;
+        self.hasher.update(&buffer[..n]);
+        Ok(n)
+    }
 }
 
 /// `receipt.json`.

@@ -288,7 +288,13 @@ fn the_receipt_lists_every_adapter_file_with_its_keys() {
         let bytes = &files[entry["name"].as_str().unwrap()];
         assert_eq!(entry["sha256"], hex::encode(Sha256::digest(bytes)));
         assert_eq!(entry["modules_matched"], 2);
-        assert!(entry["max_relative_error"].as_f64().unwrap() <= 1e-6);
+        let error = entry["max_relative_error"].as_f64().unwrap();
+        if entry["kind"] == "merged" {
+            // Half a unit in the last place of f16, and not 0: 0.125 + ΔW is no f16.
+            assert!(error > 1e-6 && error <= 2.0_f64.powi(-11), "{error}");
+        } else {
+            assert!(error <= 1e-6);
+        }
         assert!(!entry["keys"].as_array().unwrap().is_empty());
     }
     assert_eq!(receipt["adapter"]["modules"], json!([CONV, LINEAR]));
@@ -321,6 +327,35 @@ fn a_file_that_does_not_hold_the_adapter_gets_no_receipt() {
     assert!(
         damaged(&|f| drop(f.tensors.insert("unet.alpha".into(), tensors::Host::scalar(1.0)))).contains("5 tensors")
     );
+}
+
+#[test]
+fn merged_weights_that_are_not_the_sum_get_no_receipt() {
+    let adapter = HostAdapter::copy(&adapters()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    base(dir.path());
+    let path = dir.path().join("unet/diffusion_pytorch_model.fp16.safetensors");
+    let before = fs::read(&path).unwrap();
+    let reread = |bytes: &[u8]| match merged::reread("unet.safetensors", &mut &bytes[..], &path, &adapter) {
+        Ok(found) => Ok((found.modules.len(), found.worst)),
+        Err(error) => Err(error.into_problem().detail),
+    };
+    // The base itself: nothing was added.
+    assert!(reread(&before).unwrap_err().contains("differs from W + ΔW"));
+    let name = "unet/diffusion_pytorch_model.safetensors";
+    let right = unzip(&export(dir.path()).unwrap()[MERGED_FILE])[name].clone();
+    assert!(matches!(reread(&right), Ok((2, worst)) if worst > 0.0));
+    // One value of an adapted tensor, the last of the file, is off by a few units in its last place.
+    let mut wrong = right.clone();
+    let last = wrong.len() - 2;
+    wrong[last] ^= 0b1000;
+    assert!(reread(&wrong).unwrap_err().contains("differs from W + ΔW"));
+    // A tensor without an adapter has changed: conv_in, the first of the data.
+    let mut wrong = right.clone();
+    let first = right.len() - 2 * 13;
+    wrong[first] ^= 1;
+    assert!(reread(&wrong).unwrap_err().contains("has no adapter and changed"));
+    assert!(reread(&right[..right.len() - 1]).is_err());
 }
 
 #[test]
