@@ -1,6 +1,7 @@
-#![allow(clippy::unwrap_used)]
 //! Every optimizer against its reference implementation, step by step. The reference is made by
 //! `tools/reference/make_golden.py` (part `optim`).
+
+#![allow(clippy::unwrap_used)]
 
 use std::collections::{BTreeMap, HashMap};
 
