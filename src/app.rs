@@ -180,17 +180,35 @@ impl App {
         Ok(self.changed(job))
     }
 
-    /// Deletes a final job: its rows, then what its attempts wrote, then, unless they are to be kept, its published
-    /// files.
+    /// Removes published files that no row names. Final jobs only: before that, a file is published first and recorded
+    /// a moment later.
+    pub(crate) async fn sweep_files(&self, id: JobId) {
+        let recorded = match self.store.job(id).await {
+            Ok(job) if job.status.is_final() => self.store.artifacts(id).await,
+            Ok(_) => return,
+            Err(StoreError::NotFound { .. }) => Ok(Vec::new()),
+            Err(error) => Err(error),
+        };
+        let swept = match recorded {
+            Ok(files) => {
+                let names: Vec<String> = files.into_iter().map(|file| file.name).collect();
+                self.blobs.retain(id, &names).await.map_err(|error| error.to_string())
+            }
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = swept {
+            tracing::warn!(job.id = %id, error, "files that nobody can reach were not removed");
+        }
+    }
+
+    /// Deletes a final job: its rows, then what its attempts wrote, then its published files.
     ///
     /// # Errors
     /// See [`Store::delete_job`]. Files that cannot be removed are logged: the job is gone already.
-    pub async fn delete_job(&self, id: JobId, keep_artifacts: bool) -> Result<(), StoreError> {
+    pub async fn delete_job(&self, id: JobId) -> Result<(), StoreError> {
         self.store.delete_job(id).await?;
         remove_dir(self.data.job(id)).await;
-        if !keep_artifacts {
-            remove_dir(self.data.artifacts().join(id.to_string())).await;
-        }
+        remove_dir(self.data.artifacts().join(id.to_string())).await;
         Ok(())
     }
 

@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures_util::stream::BoxStream;
+use futures_util::{StreamExt as _, stream::BoxStream};
 use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, WriteMultipart, local::LocalFileSystem};
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncReadExt;
@@ -189,6 +189,27 @@ impl Blobs {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(source) => Err(failed("remove", name)(source)),
         }
+    }
+}
+
+impl Blobs {
+    /// Removes a job's files except those of these names.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn retain(&self, job: JobId, names: &[String]) -> Result<(), BlobError> {
+        let kept: Vec<_> = names.iter().map(|name| location(job, name)).collect();
+        let mut files = self
+            .store
+            .list(Some(&object_store::path::Path::from_iter([job.to_string()])));
+        while let Some(file) = files.next().await {
+            let at = file.map_err(failed("list", ""))?.location;
+            if !kept.contains(&at) {
+                let name = at.filename().unwrap_or_default().to_owned();
+                self.store.delete(&at).await.map_err(failed("remove", &name))?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -52,6 +52,8 @@ pub struct Server {
     pub static_dir: PathBuf,
     /// Milliseconds, 1000..=3600000.
     pub request_timeout_ms: u64,
+    /// Milliseconds, 1000..=600000.
+    pub header_timeout_ms: u64,
     /// Milliseconds, 1000..=60000.
     pub sse_ping_ms: u64,
     /// Milliseconds, 0..=600000.
@@ -66,6 +68,8 @@ pub struct Storage {
     pub data_dir: PathBuf,
     /// Whether files are flushed to disk before they are announced.
     pub fsync: bool,
+    /// Bytes, 0..=1099511627776.
+    pub min_free_bytes: u64,
 }
 
 /// `[limits]`
@@ -220,6 +224,8 @@ impl Config {
         };
         let (server, limits, scheduler) = (&self.server, &self.limits, &self.scheduler);
         range("server.request_timeout_ms", server.request_timeout_ms, 1000, 3_600_000);
+        range("server.header_timeout_ms", server.header_timeout_ms, 1000, 600_000);
+        range("storage.min_free_bytes", self.storage.min_free_bytes, 0, 1 << 40);
         range("server.sse_ping_ms", server.sse_ping_ms, 1000, 60_000);
         range("server.shutdown_grace_ms", server.shutdown_grace_ms, 0, 600_000);
         range("limits.upload_bytes", limits.upload_bytes, 1024, 1 << 40);
@@ -232,7 +238,7 @@ impl Config {
             1 << 43,
         );
         range("limits.archive_ratio", limits.archive_ratio, 2, 10_000);
-        range("limits.image_pixels", limits.image_pixels, 1, 1_000_000_000);
+        range("limits.image_pixels", limits.image_pixels, 1, 1 << 26);
         range("limits.caption_chars", limits.caption_chars, 1, 1_000_000);
         range("limits.queued_jobs", limits.queued_jobs, 1, 1_000_000);
         range("scheduler.threads", scheduler.threads, 0, 1024);

@@ -280,11 +280,11 @@ fn listen_to_workers(path: &Path) -> Result<UnixListener, ServeError> {
 
 fn spawn_public(app: &App, listener: TcpListener) -> JoinHandle<()> {
     let router = crate::http::router(app.clone());
-    let shutdown = app.shutdown.clone();
-    tokio::spawn(async move {
-        let server = axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned());
-        if let Err(error) = server.await {
-            tracing::error!(%error, "the public listener failed");
-        }
-    })
+    let header_timeout = Duration::from_millis(app.config.server.header_timeout_ms);
+    tokio::spawn(crate::http::listen::run(
+        listener,
+        router,
+        header_timeout,
+        app.shutdown.clone(),
+    ))
 }

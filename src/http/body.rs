@@ -14,6 +14,7 @@ use sha2::{Digest as _, Sha256};
 use tempfile::NamedTempFile;
 
 use super::error::{ApiError, ApiResult, Code};
+use crate::app::App;
 
 /// Largest JSON body.
 pub(super) const MAX_JSON_BYTES: usize = 1 << 20;
@@ -305,6 +306,28 @@ fn kind_of(value: &Value) -> &'static str {
         Value::Array(_) => "a list",
         Value::Object(_) => "an object",
     }
+}
+
+/// Refuses an upload that the disk has no room for, before any of it is read. A client that does not say how much it
+/// sends is refused only when there is hardly any room for anything.
+pub(super) fn require_space(app: &App, headers: &HeaderMap) -> ApiResult<()> {
+    let announced = headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|v| v.to_str().ok()?.parse::<u64>().ok())
+        .unwrap_or(0);
+    let disk = rustix::fs::statvfs(app.data.tmp()).map_err(|error| ApiError::internal(std::io::Error::from(error)))?;
+    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+    let needed = announced.saturating_add(app.config.storage.min_free_bytes);
+    if free < needed {
+        let detail = format!(
+            "The upload ({} MiB) must leave {} MiB free on the disk; {} MiB are free.",
+            announced >> 20,
+            app.config.storage.min_free_bytes >> 20,
+            free >> 20
+        );
+        return Err(ApiError::new(Code::StorageFull, detail));
+    }
+    Ok(())
 }
 
 /// An uploaded file, lying in staging until this is dropped.

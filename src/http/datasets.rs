@@ -4,7 +4,7 @@ use axum::{
     Json,
     body::Body,
     extract::{Multipart, Path, Query, State, multipart::MultipartRejection},
-    http::{HeaderValue, StatusCode, header},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse as _, Response},
 };
 use lorad_proto::dataset::{Item, Report};
@@ -136,8 +136,10 @@ pub(super) struct DatasetFormDto {
     (status = 415, body = ProblemDto), (status = 422, body = ProblemDto, description = "`errors` names every file"), (status = 507, body = ProblemDto)))]
 pub(super) async fn create_dataset(
     State(app): State<App>,
+    headers: HeaderMap,
     form: Result<Multipart, MultipartRejection>,
 ) -> ApiResult<Response> {
+    body::require_space(&app, &headers)?;
     let mut form = form.map_err(|_| {
         ApiError::new(
             Code::NotJson,

@@ -539,11 +539,11 @@ pub(super) fn notes(fields: &mut Fields<'_>) -> Option<String> {
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 pub(super) struct DeleteQuery {
-    /// `keep` (the files stay in the data directory) or `delete`.
+    /// `delete`, which is also what happens without it: files of a job that is gone would have no address.
     artifacts: Option<String>,
 }
 
-/// Deletes a finished job.
+/// Deletes a finished job with its files.
 #[utoipa::path(delete, path = "/jobs/{id}", tag = "jobs", params(("id" = String, Path), DeleteQuery), responses(
     (status = 204), (status = 404, body = ProblemDto), (status = 409, body = ProblemDto, description = "it is not finished")))]
 pub(super) async fn delete_job(
@@ -551,12 +551,13 @@ pub(super) async fn delete_job(
     Path(id): Path<String>,
     Query(query): Query<DeleteQuery>,
 ) -> ApiResult<StatusCode> {
-    let keep = match query.artifacts.as_deref() {
-        None | Some("keep") => true,
-        Some("delete") => false,
-        Some(_) => return Err(ApiError::new(Code::InvalidQuery, "`artifacts` must be keep or delete.")),
-    };
-    app.delete_job(job_id(&id)?, keep).await?;
+    if query.artifacts.is_some_and(|word| word != "delete") {
+        return Err(ApiError::new(
+            Code::InvalidQuery,
+            "`artifacts` must be delete: nothing could reach the files of a job that is gone. Download them first.",
+        ));
+    }
+    app.delete_job(job_id(&id)?).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -13,6 +13,7 @@ mod files;
 mod guard;
 mod health;
 mod jobs;
+pub(crate) mod listen;
 mod metrics;
 mod models;
 mod sse;

@@ -115,7 +115,8 @@ pub(super) struct SubmitQuery {
         (status = 201, body = JobDto, headers(("Location" = String), ("Idempotent-Replayed" = String))),
         (status = 200, body = DryRunDto, description = "dry run"),
         (status = 409, body = ProblemDto, description = "the first request with this key is still at work"),
-        (status = 413, body = ProblemDto), (status = 415, body = ProblemDto), (status = 422, body = ProblemDto), (status = 429, body = ProblemDto)))]
+        (status = 413, body = ProblemDto), (status = 415, body = ProblemDto), (status = 422, body = ProblemDto), (status = 429, body = ProblemDto),
+        (status = 507, body = ProblemDto, description = "the disk has no room for the archive")))]
 pub(super) async fn create_job(
     State(app): State<App>,
     Query(query): Query<SubmitQuery>,
@@ -154,6 +155,7 @@ struct Incoming {
 }
 
 async fn read_form(app: &App, request: Request) -> ApiResult<Incoming> {
+    body::require_space(app, request.headers())?;
     let mut form = Multipart::from_request(request, &())
         .await
         .map_err(|_| ApiError::new(Code::Multipart, "The form data has no boundary."))?;

@@ -41,6 +41,8 @@ pub struct InspectRequest {
     pub file: PathBuf,
     /// Where to write a thumbnail.
     pub thumbnail: Option<PathBuf>,
+    /// Most pixels that it may have.
+    pub max_pixels: u64,
 }
 
 /// Something that decodes pictures and says what they are.
@@ -214,12 +216,23 @@ pub fn run_child(catalog: &dyn Catalog, input: impl Read, mut output: impl Write
     writeln!(output, "{READY}")?;
     output.flush()?;
     for request in &requests {
-        let verdict = catalog.inspect_image(&request.file, request.thumbnail.as_deref());
+        let verdict = look_at(catalog, request);
         serde_json::to_writer(&mut output, &verdict)?;
         writeln!(output)?;
         output.flush()?;
     }
     Ok(())
+}
+
+/// The decoder's own limits come first; this one, which the server's owner sets, can only be narrower.
+fn look_at(catalog: &dyn Catalog, request: &InspectRequest) -> ImageVerdict {
+    match catalog.inspect_image(&request.file, request.thumbnail.as_deref()) {
+        ImageVerdict::Ok { width, height, .. } if u64::from(width) * u64::from(height) > request.max_pixels => bad(
+            "image.too_large",
+            format!("{width} x {height} pixels; at most {} are allowed", request.max_pixels),
+        ),
+        verdict => verdict,
+    }
 }
 
 /// Lowers this process's own limits; they cannot be raised again.
@@ -250,7 +263,7 @@ impl Inspector for InProcess<'_> {
         Ok(requests
             .iter()
             .map(|r| match File::open(&r.file) {
-                Ok(_) => self.0.inspect_image(&r.file, r.thumbnail.as_deref()),
+                Ok(_) => look_at(self.0, r),
                 Err(e) => bad("image.unreadable", format!("cannot be opened: {e}")),
             })
             .collect())

@@ -43,6 +43,7 @@ impl From<&crate::config::Limits> for Limits {
             max_entries: limits.archive_entries,
             max_total_bytes: limits.archive_unpacked_bytes,
             max_ratio: limits.archive_ratio,
+            max_pixels: limits.image_pixels,
             max_caption_chars: usize::try_from(limits.caption_chars).unwrap_or(usize::MAX),
             ..Self::default()
         }

@@ -46,6 +46,8 @@ pub struct Limits {
     pub max_file_bytes: u64,
     /// Unpacked bytes per packed byte; only counted beyond [`Limits::RATIO_FLOOR_BYTES`].
     pub max_ratio: u64,
+    /// Pixels of one picture.
+    pub max_pixels: u64,
     /// Bytes of one caption file.
     pub max_caption_bytes: u64,
     /// Characters of one caption.
@@ -64,6 +66,7 @@ impl Default for Limits {
             max_total_bytes: 8 << 30,
             max_file_bytes: 64 << 20,
             max_ratio: 200,
+            max_pixels: 1 << 26,
             max_caption_bytes: 64 << 10,
             max_caption_chars: 4_000,
         }
@@ -302,6 +305,7 @@ pub fn ingest(
         .map(|(n, c)| InspectRequest {
             file: c.raw.path.clone(),
             thumbnail: Some(work.path().join(format!("thumb-{n}.png"))),
+            max_pixels: limits.max_pixels,
         })
         .collect();
     let verdicts = inspector.inspect(&requests).map_err(IngestError::Inspector)?;

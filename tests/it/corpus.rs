@@ -43,6 +43,65 @@ fn png_with(width: u32, height: u32, rows: &[u8]) -> Vec<u8> {
     out
 }
 
+/// A grey JPEG; sides are multiples of 8. Every block is "no change, no detail", which takes two bits.
+pub fn jpeg(width: u16, height: u16) -> Vec<u8> {
+    fn segment(out: &mut Vec<u8>, marker: u8, data: &[u8]) {
+        out.extend([0xff, marker]);
+        out.extend((data.len() as u16 + 2).to_be_bytes());
+        out.extend(data);
+    }
+    let mut out = vec![0xff, 0xd8];
+    segment(&mut out, 0xdb, &[&[0][..], &[1; 64]].concat());
+    let ([h0, h1], [w0, w1]) = (height.to_be_bytes(), width.to_be_bytes());
+    segment(&mut out, 0xc0, &[8, h0, h1, w0, w1, 1, 1, 0x11, 0]);
+    for table in [0x00, 0x10] {
+        // One code of one bit: 0. It means category 0 for DC, end of block for AC.
+        let mut data = vec![table, 1];
+        data.extend([0; 15]);
+        data.push(0);
+        segment(&mut out, 0xc4, &data);
+    }
+    segment(&mut out, 0xda, &[1, 1, 0, 0, 63, 0]);
+    let bits = usize::from(width / 8) * usize::from(height / 8) * 2;
+    let mut scan = vec![0_u8; bits.div_ceil(8)];
+    if bits % 8 != 0 {
+        *scan.last_mut().unwrap() = 0xff >> (bits % 8);
+    }
+    out.extend(scan);
+    out.extend([0xff, 0xd9]);
+    out
+}
+
+/// A lossless WebP of one colour: five codes of one symbol each, so that a pixel takes no bit at all.
+pub fn webp(width: u32, height: u32) -> Vec<u8> {
+    let (mut bits, mut n) = (0_u128, 0);
+    let mut put = |value: u32, count: u32| {
+        bits |= u128::from(value) << n;
+        n += count;
+    };
+    put(width - 1, 14);
+    put(height - 1, 14);
+    // No alpha, version 0, no transform, no colour cache, no groups of codes.
+    put(0, 1 + 3 + 1 + 1 + 1);
+    for symbol in [40, 200, 40, 255, 0] {
+        // A simple code of one symbol of eight bits.
+        put(0b101, 3);
+        put(symbol, 8);
+    }
+    let mut data = vec![0x2f];
+    data.extend(&bits.to_le_bytes()[..(n as usize).div_ceil(8)]);
+    let length = data.len() as u32;
+    if length % 2 == 1 {
+        data.push(0);
+    }
+    let mut out = b"RIFF".to_vec();
+    out.extend((data.len() as u32 + 12).to_le_bytes());
+    out.extend(b"WEBPVP8L");
+    out.extend(length.to_le_bytes());
+    out.extend(data);
+    out
+}
+
 /// One entry of a zip, every field of which can lie.
 #[derive(Clone)]
 pub struct Entry {
