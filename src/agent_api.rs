@@ -107,16 +107,13 @@ async fn events(
     Json(post): Json<EventsPost>,
 ) -> Response {
     let token_sha256 = hex::encode(Sha256::digest(post.token.as_bytes()));
-    match api.take((job, attempt), &token_sha256, &post.events).await {
-        Ok(applied) => {
-            api.heard.note((job, attempt));
-            Json(EventsReply {
-                acked_seq: applied.acked_seq,
-                lease_ms: api.app.config.scheduler.lease_ms,
-                command: command_for(&applied.job, false),
-            })
-            .into_response()
-        }
+    match api.hear((job, attempt), &token_sha256, &post.events).await {
+        Ok(applied) => Json(EventsReply {
+            acked_seq: applied.acked_seq,
+            lease_ms: api.app.config.scheduler.lease_ms,
+            command: command_for(&applied.job, false),
+        })
+        .into_response(),
         Err(StoreError::Fenced { .. }) => StatusCode::CONFLICT.into_response(),
         Err(error) => {
             tracing::error!(job.id = %job, error = &error as &dyn std::error::Error, "worker events were not stored");
@@ -126,6 +123,28 @@ async fn events(
 }
 
 impl AgentApi {
+    /// Takes a batch from a living worker.
+    pub(crate) async fn hear(
+        &self,
+        key: AttemptKey,
+        token_sha256: &str,
+        events: &[Envelope],
+    ) -> Result<Applied, StoreError> {
+        // First of all who it is: a server that dies between starting a worker and writing down its process would leave
+        // one that the next server cannot find, and its device would be given away while it still trains on it.
+        if let Some(pid) = events.iter().find_map(pid_of_hello) {
+            let stored = self.app.store.check_fence(key.0, key.1, token_sha256).await?;
+            if stored.pid.is_none() {
+                let start = crate::executor::start_time(pid);
+                self.app.store.set_attempt_process(key.0, key.1, pid, start).await?;
+                self.app.wake.notify_one();
+            }
+        }
+        let applied = self.take(key, token_sha256, events).await?;
+        self.heard.note(key);
+        Ok(applied)
+    }
+
     /// Stores a batch: sample pictures are published first, then everything goes into one transaction, then viewers hear.
     pub(crate) async fn take(
         &self,
@@ -144,7 +163,15 @@ impl AgentApi {
             published: &published,
             lease_ms: i64::try_from(self.app.config.scheduler.lease_ms).unwrap_or(i64::MAX),
         };
-        let applied = self.app.store.apply(&batch).await?;
+        let applied = match self.app.store.apply(&batch).await {
+            Ok(applied) => applied,
+            Err(error) => {
+                if !published.is_empty() {
+                    self.app.sweep_files(job).await;
+                }
+                return Err(error);
+            }
+        };
         self.app.events.stored(job, applied.job.last_seq);
         self.progress(key, &applied, events);
         if applied.publish || !applied.job.status.is_active() {
@@ -211,6 +238,13 @@ impl AgentApi {
             eta_s: Some(left * step_ms / 1000.0),
             ..phase_progress(Phase::Training, 0, 0)
         }
+    }
+}
+
+fn pid_of_hello(envelope: &Envelope) -> Option<u32> {
+    match envelope.event {
+        WorkerEvent::Hello { pid, .. } => Some(pid),
+        _ => None,
     }
 }
 

@@ -27,6 +27,8 @@ pub enum Exit {
     Unknown,
     /// It could not be started.
     NotStarted(String),
+    /// The server ended after it claimed the job and before it started a worker.
+    NeverStarted,
 }
 
 impl std::fmt::Display for Exit {
@@ -36,6 +38,7 @@ impl std::fmt::Display for Exit {
             Self::Signal(signal) => write!(f, "signal {signal}{}", signal_name(*signal)),
             Self::Unknown => f.write_str("gone"),
             Self::NotStarted(why) => write!(f, "not started: {why}"),
+            Self::NeverStarted => f.write_str("never started"),
         }
     }
 }
@@ -112,17 +115,32 @@ pub fn after_exit(ended: &Ended<'_>, limits: RetryLimits) -> Outcome {
     }
     match ended.final_event {
         Some(WorkerEvent::Done { .. } | WorkerEvent::Stopped { results: Some(_), .. }) => return Outcome::Settled,
+        // It did as it was told: no failure, and no reason to wait. A pause ends here only when it came during the export;
+        // otherwise the job is paused as soon as the event is stored.
         Some(WorkerEvent::Stopped {
-            reason: StopReason::Drained,
+            reason: reason @ (StopReason::Drained | StopReason::Paused),
             ..
         }) if !ended.desired.is_cancel() => {
+            let reason = if *reason == StopReason::Paused {
+                "paused"
+            } else {
+                "drained"
+            };
             return Outcome::Requeue {
                 delay_ms: 0,
                 failed_attempts: ended.failed_attempts,
-                reason: "drained".to_owned(),
+                reason: reason.to_owned(),
             };
         }
         _ => {}
+    }
+    if *ended.exit == Exit::NeverStarted && !ended.desired.is_cancel() {
+        // A server that dies says nothing about the job: three such deaths must not make it a broken one.
+        return Outcome::Requeue {
+            delay_ms: 0,
+            failed_attempts: ended.failed_attempts,
+            reason: "server.ended: no worker was started".to_owned(),
+        };
     }
     let failed_attempts = if ended.progressed { 0 } else { ended.failed_attempts + 1 };
     let gives_up = failed_attempts >= limits.max_failed_attempts;
@@ -186,7 +204,7 @@ pub fn exit_problem(exit: &Exit, log_tail: &str) -> Problem {
             format!("The worker ended with {exit} and reported nothing.{said}"),
         )
         .with_hint("The job's worker log says more."),
-        Exit::Unknown => Problem::new(
+        Exit::Unknown | Exit::NeverStarted => Problem::new(
             "worker.lost",
             "The training process is gone",
             format!("The worker ended while no server watched it.{said}"),
@@ -335,17 +353,10 @@ mod tests {
     }
 
     #[test]
-    fn draining_costs_no_attempt() {
-        let drained = WorkerEvent::Stopped {
-            step: 7,
-            reason: StopReason::Drained,
-            results: None,
-        };
-        let exit = Exit::Code(EXIT_TEMPFAIL);
+    fn a_server_that_dies_before_it_starts_a_worker_costs_no_attempt() {
         let state = Ended {
-            final_event: Some(&drained),
             failed_attempts: 2,
-            ..ended(&exit)
+            ..ended(&Exit::NeverStarted)
         };
         assert!(matches!(
             after_exit(&state, LIMITS),
@@ -355,5 +366,35 @@ mod tests {
                 ..
             }
         ));
+    }
+
+    #[test]
+    fn stopping_as_told_costs_no_attempt_also_during_the_export() {
+        for (reason, status, code, word) in [
+            (StopReason::Drained, JobStatus::Running, EXIT_TEMPFAIL, "drained"),
+            (StopReason::Drained, JobStatus::Saving, EXIT_TEMPFAIL, "drained"),
+            (StopReason::Paused, JobStatus::Saving, 0, "paused"),
+        ] {
+            let stopped = WorkerEvent::Stopped {
+                step: 7,
+                reason,
+                results: None,
+            };
+            let exit = Exit::Code(code);
+            let state = Ended {
+                status,
+                final_event: Some(&stopped),
+                failed_attempts: 2,
+                ..ended(&exit)
+            };
+            assert_eq!(
+                after_exit(&state, LIMITS),
+                Outcome::Requeue {
+                    delay_ms: 0,
+                    failed_attempts: 2,
+                    reason: word.to_owned(),
+                }
+            );
+        }
     }
 }

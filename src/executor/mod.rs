@@ -6,6 +6,8 @@
 pub mod local;
 mod process;
 
+pub(crate) use process::start_time;
+
 use std::path::PathBuf;
 
 use async_trait::async_trait;

@@ -17,7 +17,7 @@ pub(super) fn signal_group(leader: u32, signal: Signal) {
 
 /// Start time of a process in clock ticks since boot: field 22 of `/proc/<pid>/stat`. `None`: no such process (or it is
 /// a zombie, which is as good as dead), or no `/proc`.
-pub(super) fn start_time(pid: u32) -> Option<u64> {
+pub(crate) fn start_time(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     parse_start_time(&stat)
 }

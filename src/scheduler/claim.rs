@@ -1,6 +1,9 @@
-//! Free devices take jobs: claim, write the specification, start the worker.
+//! Free devices take jobs: claim, choose the checkpoint, write the specification, start the worker.
+//!
+//! The claim is part of a round; what follows runs beside it, because checking the hashes of a checkpoint of gigabytes
+//! must not hold up the other devices.
 
-use std::{io::Read, path::PathBuf};
+use std::{io::Read, path::PathBuf, sync::Arc};
 
 use lorad_proto::{
     PROTOCOL_VERSION,
@@ -10,9 +13,10 @@ use sha2::{Digest, Sha256};
 
 use super::Scheduler;
 use crate::{
+    agent_api::AgentApi,
     checkpoint::verified_step,
     domain::{Checkpoint, Exit},
-    executor::Launch,
+    executor::{Executor, Launch},
     store::{Claimed, NewAttempt, StoreError},
 };
 
@@ -35,74 +39,109 @@ impl Scheduler {
             };
             if let Some(claimed) = self.app.store.claim(&new).await? {
                 self.app.changed(claimed.job.clone());
-                self.start(&claimed, device, token).await?;
+                let key = (claimed.job.id, claimed.job.attempt);
+                let start = start(self.api.clone(), executor.clone(), claimed, device.clone(), token);
+                let task = self.starts.spawn(start);
+                self.starting.insert(task.id(), key);
             }
         }
         Ok(())
     }
 
-    async fn start(&mut self, claimed: &Claimed, device: &str, token: String) -> Result<(), StoreError> {
-        let (job, settings) = (&claimed.job, &self.app.config.scheduler);
-        let key = (job.id, job.attempt);
-        let launch = Launch {
-            key,
-            dir: claimed.dir.clone(),
-            token,
-            socket: self.app.data.agent_socket(),
-            threads: settings.threads,
-            nice: settings.nice,
-            heartbeat_ms: settings.heartbeat_ms,
-            lease_ms: settings.lease_ms,
-        };
-        let started = match write_spec(&self.spec(claimed, device)) {
-            Ok(()) => self.executor.submit(&launch).await,
-            Err(error) => Err(error),
-        };
-        match started {
-            Ok(process) => {
-                self.api.heard.note(key);
-                tracing::info!(job.id = %job.id, job.attempt = job.attempt, job.family = job.family, device, pid = process.pid,
-                    "started a worker");
-                self.app
-                    .store
-                    .set_attempt_process(job.id, job.attempt, process.pid, process.pid_start)
-                    .await
-            }
-            Err(error) => {
-                tracing::error!(job.id = %job.id, %error, "a worker was not started");
-                let attempt = self.app.store.attempt(job.id, job.attempt).await?;
-                self.end(&attempt, &Exit::NotStarted(error.to_string())).await
-            }
+    /// Takes note of starts that came to their end since the last round.
+    pub(super) async fn finish_starts(&mut self) -> Result<(), StoreError> {
+        while let Some(start) = self.starts.try_join_next_with_id() {
+            self.finish_start(start).await?;
         }
+        Ok(())
     }
 
-    fn spec(&self, claimed: &Claimed, device: &str) -> AttemptSpec {
-        let job = &claimed.job;
-        AttemptSpec {
-            protocol: PROTOCOL_VERSION,
-            job_id: job.id.to_string(),
-            job_name: job.name.clone(),
-            attempt: job.attempt,
-            family: job.family.clone(),
-            base_model: BaseModelRef {
-                id: job.base_model.to_string(),
-                path: claimed.base_path.clone(),
-            },
-            dataset: DatasetRef {
-                id: job.dataset_id.to_string(),
-                path: claimed.dataset_path.clone(),
-            },
-            hyperparameters: job.hyperparameters.clone(),
-            sampling: job.sampling.clone(),
-            export: job.export.clone(),
-            device: device.to_owned(),
-            threads: match self.app.config.scheduler.threads {
-                0 => None,
-                n => usize::try_from(n).ok(),
-            },
-            attempt_dir: claimed.dir.clone(),
-            resume_from: newest_intact(&claimed.checkpoints),
+    pub(super) async fn finish_start(&mut self, start: Start) -> Result<(), StoreError> {
+        let (task, started) = match start {
+            Ok((task, started)) => (task, started),
+            Err(panic) => (panic.id(), Err(std::io::Error::other(panic))),
+        };
+        let Some(key) = self.starting.remove(&task) else {
+            return Ok(());
+        };
+        if let Err(error) = started {
+            tracing::error!(job.id = %key.0, %error, "a worker was not started");
+            let attempt = self.app.store.attempt(key.0, key.1).await?;
+            self.end(&attempt, &Exit::NotStarted(error.to_string())).await?;
         }
+        Ok(())
+    }
+}
+
+/// How a start went, by its task.
+pub(super) type Start = Result<(tokio::task::Id, std::io::Result<()>), tokio::task::JoinError>;
+
+async fn start(
+    api: AgentApi,
+    executor: Arc<dyn Executor>,
+    claimed: Claimed,
+    device: String,
+    token: String,
+) -> std::io::Result<()> {
+    let app = &api.app;
+    let settings = &app.config.scheduler;
+    let key = (claimed.job.id, claimed.job.attempt);
+    let launch = Launch {
+        key,
+        dir: claimed.dir.clone(),
+        token,
+        socket: app.data.agent_socket(),
+        threads: settings.threads,
+        nice: settings.nice,
+        heartbeat_ms: settings.heartbeat_ms,
+        lease_ms: settings.lease_ms,
+    };
+    let (threads, family) = (settings.threads, claimed.job.family.clone());
+    let prepare = move || write_spec(&spec(claimed, device, threads));
+    tokio::task::spawn_blocking(prepare)
+        .await
+        .map_err(std::io::Error::other)??;
+    let process = executor.submit(&launch).await?;
+    api.heard.note(key);
+    tracing::info!(job.id = %key.0, job.attempt = key.1, family, pid = process.pid, "started a worker");
+    if let Err(error) = app
+        .store
+        .set_attempt_process(key.0, key.1, process.pid, process.pid_start)
+        .await
+    {
+        // The worker itself says who it is, with its first post.
+        tracing::warn!(job.id = %key.0, error = &error as &dyn std::error::Error, "a worker's process was not recorded");
+    }
+    Ok(())
+}
+
+/// What the worker is told. Reads checkpoints, so it may take long.
+fn spec(claimed: Claimed, device: String, threads: u64) -> AttemptSpec {
+    let job = claimed.job;
+    AttemptSpec {
+        protocol: PROTOCOL_VERSION,
+        job_id: job.id.to_string(),
+        job_name: job.name,
+        attempt: job.attempt,
+        family: job.family,
+        base_model: BaseModelRef {
+            id: job.base_model.to_string(),
+            path: claimed.base_path,
+        },
+        dataset: DatasetRef {
+            id: job.dataset_id.to_string(),
+            path: claimed.dataset_path,
+        },
+        hyperparameters: job.hyperparameters,
+        sampling: job.sampling,
+        export: job.export,
+        device,
+        threads: match threads {
+            0 => None,
+            n => usize::try_from(n).ok(),
+        },
+        attempt_dir: claimed.dir,
+        resume_from: newest_intact(&claimed.checkpoints),
     }
 }
 

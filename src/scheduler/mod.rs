@@ -14,6 +14,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio::task::JoinSet;
+
 use crate::{
     agent::read_spool,
     agent_api::AgentApi,
@@ -33,6 +35,9 @@ pub(crate) struct Scheduler {
     api: AgentApi,
     executor: Arc<dyn Executor>,
     ladders: HashMap<AttemptKey, Ladder>,
+    /// Attempts whose worker is being started, by the task that does it.
+    starting: HashMap<tokio::task::Id, AttemptKey>,
+    starts: JoinSet<std::io::Result<()>>,
     /// Attempts whose results are being published.
     publishing: Arc<Mutex<HashSet<AttemptKey>>>,
     started: Instant,
@@ -45,6 +50,8 @@ impl Scheduler {
             api,
             executor,
             ladders: HashMap::new(),
+            starting: HashMap::new(),
+            starts: JoinSet::new(),
             publishing: Arc::default(),
             started: Instant::now(),
         }
@@ -54,22 +61,25 @@ impl Scheduler {
     pub(crate) async fn run(mut self) {
         let beat = Duration::from_millis(self.app.config.scheduler.tick_ms);
         loop {
-            if let Err(error) = self.tick().await {
-                tracing::error!(
-                    error = &error as &dyn std::error::Error,
-                    "the scheduler could not finish its round"
-                );
-            }
+            let mut done = self.tick().await;
+            let shutdown = self.app.shutdown.clone();
             tokio::select! {
-                () = self.app.shutdown.cancelled() => return,
+                () = shutdown.cancelled() => break,
                 () = self.app.wake.notified() => {}
                 () = tokio::time::sleep(beat) => {}
+                Some(start) = self.starts.join_next_with_id() => done = done.and(self.finish_start(start).await),
             }
+            complain(done);
+        }
+        // Whoever is half started is started, so that its process is known to the next server.
+        while let Some(start) = self.starts.join_next_with_id().await {
+            complain(self.finish_start(start).await);
         }
     }
 
     /// One round: ended and lost workers, results to publish, free devices.
     pub(crate) async fn tick(&mut self) -> Result<(), StoreError> {
+        self.finish_starts().await?;
         for attempt in self.app.store.live_attempts().await? {
             self.look_after(&attempt).await?;
         }
@@ -85,6 +95,7 @@ impl Scheduler {
     async fn look_after(&mut self, attempt: &Attempt) -> Result<(), StoreError> {
         let key = (attempt.job_id, attempt.attempt);
         match self.executor.observe(key) {
+            Observed::Unknown if self.starting.values().any(|starting| *starting == key) => Ok(()),
             Observed::Running => self.climb(attempt).await,
             Observed::Exited(exit) => self.end(attempt, &exit).await,
             Observed::Unknown => self.recover(attempt).await,
@@ -101,7 +112,8 @@ impl Scheduler {
             return if self.started.elapsed() < window && attempt.dir.join("spec.json").exists() {
                 Ok(())
             } else {
-                self.end(attempt, &Exit::Unknown).await
+                // One that said hello has a process; see `AgentApi::hear`.
+                self.end(attempt, &Exit::NeverStarted).await
             };
         };
         let process = Started {
@@ -213,6 +225,15 @@ impl Scheduler {
             publishing.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
             app.wake.notify_one();
         });
+    }
+}
+
+fn complain(done: Result<(), StoreError>) {
+    if let Err(error) = done {
+        tracing::error!(
+            error = &error as &dyn std::error::Error,
+            "the scheduler could not finish its round"
+        );
     }
 }
 

@@ -29,7 +29,7 @@ pub(super) async fn publish(app: &App, attempt: &Attempt) {
             app.changed(job);
         }
         // The job was settled in another way meanwhile (cancelled by force).
-        Err(StoreError::Fenced { .. }) => {}
+        Err(StoreError::Fenced { .. }) => app.sweep_files(attempt.job_id).await,
         Err(error) => {
             tracing::error!(job.id = %attempt.job_id, error = &error as &dyn std::error::Error, "results were not recorded");
             tokio::time::sleep(std::time::Duration::from_secs(1)).await;
@@ -75,8 +75,9 @@ fn blob_problem(error: &BlobError) -> Problem {
 }
 
 /// Removes what a final job's attempts do not need any more: copies of published files, and for a job that was cancelled
-/// without saving, everything.
+/// without saving, everything. Published files that were not recorded go in any case.
 pub(super) async fn clean_up(app: &App, job: &Job) {
+    app.sweep_files(job.id).await;
     match job.status {
         JobStatus::Cancelled if job.desired != Desired::CancelSave => {
             // A worker that still runs would write into the void; its end calls here again.

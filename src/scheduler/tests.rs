@@ -194,8 +194,12 @@ impl World {
         self.app.create_job(&new, None).await.unwrap()
     }
 
+    /// A round, and the starts that it began.
     async fn tick(&mut self) {
         self.scheduler.tick().await.unwrap();
+        while let Some(start) = self.scheduler.starts.join_next_with_id().await {
+            self.scheduler.finish_start(start).await.unwrap();
+        }
     }
 
     fn last_launch(&self) -> Launch {
@@ -209,7 +213,7 @@ impl World {
     /// Posts events as the worker of this launch.
     async fn say(&self, launch: &Launch, events: &[Envelope]) {
         let token = hex::encode(Sha256::digest(launch.token.as_bytes()));
-        self.scheduler.api.take(launch.key, &token, events).await.unwrap();
+        self.scheduler.api.hear(launch.key, &token, events).await.unwrap();
     }
 }
 
@@ -484,4 +488,163 @@ async fn a_follower_sees_every_event_once_and_in_order_across_a_resume() {
         .unwrap()
         .unwrap();
     assert!(matches!(news, crate::events::News::Event(event) if event.seq == job.last_seq));
+}
+
+/// A server that dies after it started a worker and before it wrote its process down.
+#[tokio::test]
+async fn a_worker_whose_process_was_not_recorded_names_itself_and_keeps_its_device() {
+    let mut w = world(&["cpu"], |config| config.scheduler.adopt_window_ms = 0).await;
+    let job = w.post().await;
+    let token = "the worker's";
+    let new = crate::store::NewAttempt {
+        device: "cpu",
+        token_sha256: &hex::encode(Sha256::digest(token)),
+        jobs_dir: &w.app.data.jobs(),
+        lease_ms: 60_000,
+    };
+    w.app.store.claim(&new).await.unwrap().unwrap();
+    let key = (job.id, 1);
+    let launch = Launch {
+        key,
+        dir: w.app.data.job(job.id).join("attempts/1"),
+        token: token.to_owned(),
+        socket: PathBuf::new(),
+        threads: 0,
+        nice: 0,
+        heartbeat_ms: 1,
+        lease_ms: 1,
+    };
+    w.executor.adoptable.lock().unwrap().insert(key);
+    let me = std::process::id();
+    let WorkerEvent::Hello {
+        protocol,
+        version,
+        device,
+        resumed_from_step,
+        ..
+    } = hello()
+    else {
+        unreachable!()
+    };
+    let hello = WorkerEvent::Hello {
+        protocol,
+        version,
+        pid: me,
+        device,
+        resumed_from_step,
+    };
+    w.say(&launch, &numbered(1, vec![hello])).await;
+    w.tick().await;
+    let attempt = w.app.store.attempt(job.id, 1).await.unwrap();
+    assert_eq!(
+        (attempt.ended_at_ms, attempt.pid),
+        (None, Some(me)),
+        "a living worker was taken for dead"
+    );
+    assert!(attempt.pid_start.is_some(), "a reused pid could not be told");
+    assert_eq!(w.executor.observe(key), Observed::Running, "nobody watches it");
+}
+
+#[tokio::test]
+async fn a_pause_that_comes_during_the_export_pauses_and_is_no_crash() {
+    let mut w = world(&["cpu"], |_| {}).await;
+    let job = w.post().await;
+    w.tick().await;
+    let launch = w.last_launch();
+    w.say(&launch, &numbered(1, vec![hello(), step(1)])).await;
+    w.app.pause_job(job.id).await.unwrap();
+    let exporting = WorkerEvent::Phase {
+        phase: lorad_proto::event::Phase::Exporting,
+        done: 0,
+        total: 1,
+    };
+    let paused = WorkerEvent::Stopped {
+        step: 1,
+        reason: lorad_proto::event::StopReason::Paused,
+        results: None,
+    };
+    w.say(&launch, &numbered(3, vec![exporting, paused])).await;
+    assert_eq!(w.job(job.id).await.status, JobStatus::Saving);
+    assert!(
+        w.app.store.unpublished_attempts().await.unwrap().is_empty(),
+        "an attempt without results would be published in a loop"
+    );
+    w.executor.dies(launch.key, Exit::Code(0));
+    w.tick().await;
+    let job = w.job(job.id).await;
+    assert_eq!(
+        (job.status, job.failed_attempts, job.error),
+        (JobStatus::Paused, 0, None)
+    );
+    let events = w.app.store.events_after(job.id, 0, 100).await.unwrap();
+    let reasons: Vec<_> = events
+        .iter()
+        .filter_map(|event| event.data["reason"].as_str())
+        .collect();
+    assert!(!reasons.iter().any(|reason| reason.contains("crash")), "{reasons:?}");
+}
+
+#[tokio::test]
+async fn what_is_discarded_while_it_is_being_saved_leaves_no_file() {
+    let mut w = world(&["cpu"], |_| {}).await;
+    for mode in [CancelMode::Discard, CancelMode::Force] {
+        let job = w.post().await;
+        w.tick().await;
+        let launch = w.last_launch();
+        let done = deliver(&launch, b"{}");
+        w.say(&launch, &numbered(1, vec![hello(), step(1), done])).await;
+        w.app.cancel_job(job.id, mode).await.unwrap();
+        let job = settle(&mut w, job.id).await;
+        assert_eq!(job.status, JobStatus::Cancelled, "{mode}");
+        w.executor.dies(launch.key, Exit::Code(0));
+        w.tick().await;
+        // The publication tidies up after the job became final.
+        while !w.scheduler.publishing.lock().unwrap().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        let folder = w.app.data.artifacts().join(job.id.to_string());
+        let left: Vec<_> = std::fs::read_dir(&folder)
+            .map(|entries| entries.flatten().map(|entry| entry.path()).collect())
+            .unwrap_or_default();
+        assert_eq!(left, Vec::<PathBuf>::new(), "{mode}");
+        assert!(!w.app.data.job(job.id).exists(), "{mode}");
+    }
+}
+
+/// The manifest is a pipe: whoever reads it waits until the test writes.
+#[tokio::test]
+async fn checking_a_large_checkpoint_does_not_hold_up_the_other_device() {
+    let mut w = world(&["cpu", "cuda:0"], |_| {}).await;
+    let slow = w.post().await;
+    w.tick().await;
+    let launch = w.last_launch();
+    let checkpoint = WorkerEvent::Checkpoint {
+        step: 1,
+        dir: "x".to_owned(),
+        bytes: 1,
+        sha256: "0".repeat(64),
+    };
+    w.say(&launch, &numbered(1, vec![hello(), step(1), checkpoint])).await;
+    let dir = launch.dir.join("checkpoints/x");
+    std::fs::create_dir_all(&dir).unwrap();
+    let pipe = dir.join("manifest.json");
+    let (fifo, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU);
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, fifo, mode, 0).unwrap();
+    let (release, released) = std::sync::mpsc::channel::<()>();
+    let writer = std::thread::spawn(move || {
+        // Without a release it gives up, so that a server that waits here fails the test and does not hang it.
+        let asked = released.recv_timeout(Duration::from_secs(20)).is_ok();
+        std::fs::write(pipe, b"no manifest").unwrap();
+        asked
+    });
+    w.executor.dies(launch.key, Exit::Signal(9));
+    let quick = w.post().await;
+    w.scheduler.tick().await.unwrap();
+    let start = w.scheduler.starts.join_next_with_id().await.unwrap();
+    w.scheduler.finish_start(start).await.unwrap();
+    assert_eq!(w.last_launch().key.0, quick.id);
+    let _ = release.send(());
+    assert!(writer.join().unwrap(), "a round waited for the hashes of a checkpoint");
+    w.tick().await;
+    assert_eq!(w.last_launch().key, (slow.id, 2));
 }

@@ -207,7 +207,10 @@ impl Store {
         .fetch_all(&self.readers)
         .await
         .map_err(query("list attempts"))?;
-        rows.iter().map(rows::attempt).collect()
+        let mut attempts: Vec<Attempt> = rows.iter().map(rows::attempt).collect::<Result<_>>()?;
+        // One that stopped during the export has nothing to publish: it is settled when its process is seen dead.
+        attempts.retain(|attempt| attempt.results().is_some());
+        Ok(attempts)
     }
 
     /// Records that an attempt's process is dead, which frees its device, and settles what that means for the job.

@@ -279,4 +279,6 @@ fn is_at_least(version: &str, minimum: [u32; 3]) -> bool {
 }
 
 #[cfg(test)]
+mod model;
+#[cfg(test)]
 mod tests;

@@ -26,13 +26,13 @@ pub(crate) const LIMITS: RetryLimits = RetryLimits {
     max_backoff_ms: 0,
 };
 
-struct Fixture {
-    store: Store,
+pub(super) struct Fixture {
+    pub(super) store: Store,
     dataset: DatasetId,
-    dir: tempfile::TempDir,
+    pub(super) dir: tempfile::TempDir,
 }
 
-async fn fixture() -> Fixture {
+pub(super) async fn fixture() -> Fixture {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(&dir.path().join("db.sqlite3")).await.unwrap();
     let dataset = DatasetId::new();
@@ -74,7 +74,14 @@ async fn fixture() -> Fixture {
 }
 
 impl Fixture {
-    fn new_job(&self, name: &str, priority: i64) -> NewJob {
+    /// Takes every job out of the queue.
+    pub(super) async fn clear_queue(&self) {
+        for job in self.store.queue().await.unwrap() {
+            self.store.request_cancel(job.id, CancelMode::Discard).await.unwrap();
+        }
+    }
+
+    pub(super) fn new_job(&self, name: &str, priority: i64) -> NewJob {
         NewJob {
             id: JobId::new(),
             parent_id: None,
@@ -151,7 +158,7 @@ fn numbered(from: u64, events: Vec<WorkerEvent>) -> Vec<Envelope> {
     events.into_iter().enumerate().map(number).collect()
 }
 
-fn hello(resumed_from_step: Option<u64>) -> WorkerEvent {
+pub(super) fn hello(resumed_from_step: Option<u64>) -> WorkerEvent {
     WorkerEvent::Hello {
         protocol: PROTOCOL_VERSION,
         version: "test".to_owned(),
@@ -161,7 +168,7 @@ fn hello(resumed_from_step: Option<u64>) -> WorkerEvent {
     }
 }
 
-fn step(step: u64) -> WorkerEvent {
+pub(super) fn step(step: u64) -> WorkerEvent {
     WorkerEvent::Step(StepMetrics {
         step,
         total_steps: 10,
@@ -175,7 +182,7 @@ fn step(step: u64) -> WorkerEvent {
     })
 }
 
-fn checkpoint(step: u64) -> WorkerEvent {
+pub(super) fn checkpoint(step: u64) -> WorkerEvent {
     WorkerEvent::Checkpoint {
         step,
         dir: format!("step-{step}"),
@@ -184,7 +191,7 @@ fn checkpoint(step: u64) -> WorkerEvent {
     }
 }
 
-fn done() -> WorkerEvent {
+pub(super) fn done() -> WorkerEvent {
     WorkerEvent::Done {
         results: Results {
             files: Vec::new(),

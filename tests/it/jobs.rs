@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use lorad::domain::{Action, CancelMode, Desired, EventKind, JobStatus};
+use lorad::domain::{Action, CancelMode, Desired, EventKind, Job, JobStatus};
 use serde_json::{Value, json};
 
-use crate::server::{TestServer, assert_every_step};
+use crate::server::{TestServer, assert_every_step, signal};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_posted_job_starts_at_once_trains_and_leaves_a_verified_file() {
@@ -160,7 +160,7 @@ async fn posting_takes_less_than_50_ms_while_a_job_trains() {
         times.push(start.elapsed());
     }
     times.sort();
-    eprintln!("post to queued: median {:?}, slowest {:?}", times[20], times[39]);
+    println!("post to queued: median {:?}, slowest {:?}", times[20], times[39]);
     assert!(times[20] < Duration::from_millis(50), "{times:?}");
     server
         .handle
@@ -168,4 +168,58 @@ async fn posting_takes_less_than_50_ms_while_a_job_trains() {
         .cancel_job(running.id, CancelMode::Force)
         .await
         .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pause_right_after_a_resume_keeps_the_checkpoint_that_there_is() {
+    let server = TestServer::start().await;
+    let job = server
+        .post(json!({"steps": 30, "step_ms": 1, "hold_at": 10, "held_attempts": 2}))
+        .await;
+    let app = server.handle.app();
+    server.wait(job.id, "the hold", |job| job.step == 10).await;
+    for attempt in [1, 2] {
+        let has_begun = |job: &Job| job.attempt == attempt && job.step == 10 && job.status.is_active();
+        server.wait(job.id, "the attempt", has_begun).await;
+        app.pause_job(job.id).await.unwrap();
+        server
+            .wait(job.id, "the pause", |job| job.status == JobStatus::Paused)
+            .await;
+        server.idle().await;
+        let checkpoints = server.store().checkpoints(job.id).await.unwrap();
+        assert_eq!(checkpoints.len(), 1, "{checkpoints:?}");
+        assert!(
+            checkpoints[0].step == 10 && checkpoints[0].path.join("manifest.json").exists(),
+            "{checkpoints:?}"
+        );
+        app.resume_job(job.id).await.unwrap();
+    }
+    let done = server.ended(job.id).await;
+    assert_eq!((done.status, done.attempt), (JobStatus::Succeeded, 3));
+    assert_every_step(server.store(), &done, 30).await;
+    let rows = server.store().metrics(job.id, 0, 30).await.unwrap();
+    assert!(rows[9].attempt == 1 && rows[10].attempt == 3, "steps were repeated");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_drained_during_its_export_goes_on_and_counts_as_no_failure() {
+    let server = TestServer::start().await;
+    let job = server
+        .post(json!({"steps": 12, "step_ms": 1, "checkpoint_every": 10, "hold_export": true}))
+        .await;
+    server
+        .wait(job.id, "the export", |job| job.status == JobStatus::Saving)
+        .await;
+    let pid = server.store().attempt(job.id, 1).await.unwrap().pid.unwrap();
+    signal(pid, rustix::process::Signal::TERM);
+    let job = server.ended(job.id).await;
+    assert_eq!((job.status, job.attempt), (JobStatus::Succeeded, 2));
+    let statuses = server
+        .store()
+        .newest_events(job.id, EventKind::Status, 100)
+        .await
+        .unwrap();
+    let left = statuses.iter().find(|event| event.data["from"] == "saving").unwrap();
+    assert_eq!(left.data["reason"], "drained");
+    assert_every_step(server.store(), &job, 12).await;
 }

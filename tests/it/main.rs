@@ -1,7 +1,7 @@
 //! One integration binary: the real server on port 0 with a data directory of its own, driven from outside.
 //!
 //! [`api`], [`limits`], [`safety`] and [`sse`] drive it over HTTP ([`client`]) with archives made in code ([`corpus`]); [`cli`] and
-//! [`readme`] run the binary as a user does. [`jobs`] and [`recovery`] test everything around the trainer ([`server`]) with
+//! [`readme`] run the binary as a user does. [`jobs`], [`recovery`] and [`chaos`] test everything around the trainer ([`server`]) with
 //! a scripted one ([`scripted`]): real processes, sockets, signals and files, and steps of milliseconds.
 #![allow(
     clippy::unwrap_used,
@@ -12,6 +12,7 @@
 )]
 
 mod api;
+mod chaos;
 mod cli;
 mod client;
 mod corpus;

@@ -108,7 +108,7 @@ async fn exited(attempt_dir: &Path) -> Value {
 }
 
 /// A data directory with one job in it, before any server runs.
-async fn prepared(dir: &Path, script: Value) -> (Store, Job) {
+pub async fn prepared(dir: &Path, script: Value) -> (Store, Job) {
     let data = dir.join("data");
     std::fs::create_dir_all(&data).unwrap();
     let store = Store::open(&data.join("lorad.sqlite3")).await.unwrap();

@@ -5,7 +5,7 @@
 //! [`worker_process`]. In the same way [`server_process`] is a server that can be killed.
 //!
 //! A test that needs a worker at a certain point holds it there: `hold_at` (a step) and `hold_export` stop the first
-//! attempt until it is killed, commanded or [`let_go`].
+//! attempt (`held_attempts`: more of them) until it is killed, commanded or [`let_go`].
 
 use std::{
     collections::BTreeMap,
@@ -114,7 +114,7 @@ impl Script {
             step_ms: number("step_ms", 10),
             checkpoint_every: number("checkpoint_every", 0),
             ends,
-            hold_at: (spec.attempt == 1)
+            hold_at: (u64::from(spec.attempt) <= number("held_attempts", 1))
                 .then(|| spec.hyperparameters.get("hold_at")?.as_u64())
                 .flatten(),
             hold_export: spec.attempt == 1 && spec.hyperparameters.contains_key("hold_export"),
@@ -132,9 +132,12 @@ fn is_held(spec: &AttemptSpec) -> bool {
     !spec.attempt_dir.join(LET_GO).exists()
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "as the real one is called")]
 fn train(spec: AttemptSpec, reporter: Arc<dyn Reporter>) -> WorkerEvent {
     let script = Script::of(&spec);
     let mut step = spec.resume_from.as_deref().map_or(0, step_of);
+    // As the real loop does it: nothing is written when nothing is new.
+    let mut saved_at = spec.resume_from.as_ref().map(|_| step);
     let mut served = 0;
     reporter.emit(WorkerEvent::Phase {
         phase: Phase::Loading,
@@ -144,24 +147,20 @@ fn train(spec: AttemptSpec, reporter: Arc<dyn Reporter>) -> WorkerEvent {
     loop {
         match reporter.command() {
             Command::Pause => {
-                checkpoint(&spec, step, &*reporter);
+                checkpoint(&spec, step, &mut saved_at, &*reporter);
                 return stopped(step, StopReason::Paused, None);
             }
             Command::Drain => {
-                checkpoint(&spec, step, &*reporter);
+                checkpoint(&spec, step, &mut saved_at, &*reporter);
                 return stopped(step, StopReason::Drained, None);
             }
             Command::Cancel { save: true } => {
-                return stopped(
-                    step,
-                    StopReason::Cancelled,
-                    Some(export(&spec, &script, step, &*reporter)),
-                );
+                return stopped(step, StopReason::Cancelled, export(&spec, &script, step, &*reporter));
             }
             Command::Cancel { save: false } => return stopped(step, StopReason::Cancelled, None),
             Command::Checkpoint { request } if request > served => {
                 served = request;
-                checkpoint(&spec, step, &*reporter);
+                checkpoint(&spec, step, &mut saved_at, &*reporter);
             }
             _ => {}
         }
@@ -174,7 +173,7 @@ fn train(spec: AttemptSpec, reporter: Arc<dyn Reporter>) -> WorkerEvent {
         step += 1;
         match &script.ends {
             Some((how, at)) if *at == step && how == "abort" => {
-                eprintln!("the scripted trainer aborts at step {step}");
+                println!("the scripted trainer aborts at step {step}");
                 std::process::abort();
             }
             Some((_, at)) if *at == step => {
@@ -197,12 +196,13 @@ fn train(spec: AttemptSpec, reporter: Arc<dyn Reporter>) -> WorkerEvent {
             samples_per_s: 1.0,
             extra: BTreeMap::new(),
         }));
-        if script.checkpoint_every > 0 && step % script.checkpoint_every == 0 {
-            checkpoint(&spec, step, &*reporter);
+        if script.checkpoint_every > 0 && step.is_multiple_of(script.checkpoint_every) {
+            checkpoint(&spec, step, &mut saved_at, &*reporter);
         }
     }
-    WorkerEvent::Done {
-        results: export(&spec, &script, step, &*reporter),
+    match export(&spec, &script, step, &*reporter) {
+        Some(results) => WorkerEvent::Done { results },
+        None => stopped(step, StopReason::Drained, None),
     }
 }
 
@@ -216,7 +216,10 @@ fn step_of(checkpoint: &Path) -> u64 {
     manifest["step"].as_u64().unwrap()
 }
 
-fn checkpoint(spec: &AttemptSpec, step: u64, reporter: &dyn Reporter) {
+fn checkpoint(spec: &AttemptSpec, step: u64, saved_at: &mut Option<u64>, reporter: &dyn Reporter) {
+    if saved_at.replace(step) == Some(step) {
+        return;
+    }
     let name = format!("{step:08}");
     let dir = spec.attempt_dir.join("checkpoints").join(&name);
     std::fs::create_dir_all(&dir).unwrap();
@@ -232,18 +235,23 @@ fn checkpoint(spec: &AttemptSpec, step: u64, reporter: &dyn Reporter) {
     });
 }
 
-fn export(spec: &AttemptSpec, script: &Script, step: u64, reporter: &dyn Reporter) -> Results {
+/// `None`: it was told to stop meanwhile.
+fn export(spec: &AttemptSpec, script: &Script, step: u64, reporter: &dyn Reporter) -> Option<Results> {
     reporter.emit(WorkerEvent::Phase {
         phase: Phase::Exporting,
         done: 0,
         total: 1,
     });
-    while script.hold_export && is_held(spec) {}
+    while script.hold_export && is_held(spec) {
+        if matches!(reporter.command(), Command::Drain | Command::Pause) {
+            return None;
+        }
+    }
     let dir = spec.attempt_dir.join("results");
     std::fs::create_dir_all(&dir).unwrap();
     let bytes = json!({"step": step}).to_string().into_bytes();
     std::fs::write(dir.join("receipt.json"), &bytes).unwrap();
-    Results {
+    Some(Results {
         files: vec![ResultFile {
             name: "receipt.json".to_owned(),
             kind: ResultKind::Receipt,
@@ -251,5 +259,5 @@ fn export(spec: &AttemptSpec, script: &Script, step: u64, reporter: &dyn Reporte
             sha256: hex::encode(Sha256::digest(&bytes)),
         }],
         summary: Map::from_iter([("steps".to_owned(), json!(step))]),
-    }
+    })
 }

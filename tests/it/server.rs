@@ -206,6 +206,16 @@ pub struct ServerProcess {
 }
 
 impl ServerProcess {
+    /// Starts one and does not wait until it is up; its address is not known.
+    pub fn spawn(dir: &Path, settings: &[(&str, String)]) -> Self {
+        let mut command = scripted::server_command(&dir.join("data"), settings);
+        let quiet = std::process::Stdio::null;
+        Self {
+            child: command.stdout(quiet()).stderr(quiet()).spawn().unwrap(),
+            address: String::new(),
+        }
+    }
+
     pub async fn start(dir: &Path, settings: &[(&str, String)]) -> Self {
         let data: PathBuf = dir.join("data");
         let note = data.join(scripted::ADDRESS_FILE);
@@ -240,6 +250,11 @@ impl Drop for ServerProcess {
 
 /// `kill -9` for a process that is not a child of this one.
 pub fn kill_9(pid: u32) {
+    signal(pid, rustix::process::Signal::KILL);
+}
+
+/// A signal for a process that is not a child of this one.
+pub fn signal(pid: u32, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    rustix::process::kill_process(pid, signal).unwrap();
 }
