@@ -15,6 +15,7 @@
 //! - [`blobs`] and [`builtin`] · published files, the bundled base model.
 //! - [`http`] · the API and the dashboard.
 //! - [`ingest`] · uploaded archives into datasets.
+//! - [`upkeep`] · checking and copying a whole data directory.
 //! - [`trainer`] · the only file that names the trainer.
 
 pub mod agent;
@@ -34,3 +35,4 @@ pub mod serve;
 pub mod store;
 pub mod telemetry;
 pub mod trainer;
+pub mod upkeep;

@@ -130,6 +130,7 @@ pub async fn serve(config: Config) -> Result<ServerHandle, ServeError> {
     let data = prepare_data_dir(&config.storage.data_dir)?;
     let lock = lock(&data)?;
     let store = Store::open(&data.database()).await?;
+    store.settle_in(&data.root()).await?;
     store.abandon_cut_off_requests().await?;
     let app = App {
         blobs: Blobs::local(&data.artifacts(), config.storage.fsync)?,

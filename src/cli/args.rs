@@ -41,6 +41,10 @@ pub(crate) enum Command {
     Healthcheck(Healthcheck),
     /// Show the settings.
     Config(Config),
+    /// Check a data directory: the database, every result file by its hash, checkpoints. Changes nothing.
+    Fsck(Fsck),
+    /// Copy a data directory while the server is at work.
+    Backup(Backup),
     /// Run one attempt at a job; started by the server.
     #[command(hide = true)]
     Worker(Worker),
@@ -143,6 +147,28 @@ pub(crate) struct Train {
     /// Check everything and print the plan as JSON, without training.
     #[arg(long)]
     pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) settings: Settings,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Fsck {
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) settings: Settings,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  lorad backup --to /mnt/backup/2026-01-31
+  lorad serve --data-dir /mnt/backup/2026-01-31      Jobs that were training go on from their newest checkpoint")]
+pub(crate) struct Backup {
+    /// New folder for the copy; itself a data directory.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) to: PathBuf,
     #[command(flatten)]
     pub(crate) settings: Settings,
 }

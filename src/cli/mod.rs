@@ -19,6 +19,7 @@ mod progress;
 mod serve;
 mod tables;
 mod train;
+mod upkeep;
 mod worker;
 
 use std::process::ExitCode;
@@ -73,6 +74,8 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
         Command::Openapi => openapi(),
         Command::Healthcheck(args) => client::healthcheck(&args.url),
         Command::Config(args) => config::run(&args),
+        Command::Fsck(args) => upkeep::run_fsck(&args),
+        Command::Backup(args) => upkeep::run_backup(&args),
         Command::Worker(args) => worker::run(&args),
         Command::InspectImages => images::run(),
     }

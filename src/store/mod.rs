@@ -11,6 +11,7 @@ mod idempotency;
 mod ingest;
 mod jobs;
 mod rows;
+mod upkeep;
 
 use std::{path::Path, time::Duration};
 

@@ -1,7 +1,7 @@
 //! One integration binary: the real server on port 0 with a data directory of its own, driven from outside.
 //!
 //! [`api`], [`limits`], [`safety`] and [`sse`] drive it over HTTP ([`client`]) with archives made in code ([`corpus`]); [`cli`] and
-//! [`readme`] run the binary as a user does. [`jobs`], [`recovery`] and [`chaos`] test everything around the trainer ([`server`]) with
+//! [`readme`] run the binary as a user does. [`jobs`], [`recovery`], [`chaos`] and [`upkeep`] test everything around the trainer ([`server`]) with
 //! a scripted one ([`scripted`]): real processes, sockets, signals and files, and steps of milliseconds.
 #![allow(
     clippy::unwrap_used,
@@ -24,3 +24,4 @@ mod safety;
 mod scripted;
 mod server;
 mod sse;
+mod upkeep;
