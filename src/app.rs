@@ -11,6 +11,7 @@
 //! datasets/<ds_…>/               ingested datasets (lorad_proto::dataset)
 //! jobs/<job_…>/attempts/<n>/     spec.json, events.jsonl, worker.log, checkpoints/, samples/, results/
 //! artifacts/<job_…>/<name>       published files
+//! cache/                         encoded pictures and texts that jobs share; may be deleted at any time
 //! tmp/                           uploads on their way; emptied at the start
 //! ```
 
@@ -86,6 +87,11 @@ impl DataDir {
     /// Published files.
     pub fn artifacts(&self) -> PathBuf {
         self.root.join("artifacts")
+    }
+
+    /// Encoded pictures and texts.
+    pub fn cache(&self) -> PathBuf {
+        self.root.join("cache")
     }
 
     /// Uploads on their way.

@@ -70,6 +70,8 @@ pub struct Storage {
     pub fsync: bool,
     /// Bytes, 0..=1099511627776.
     pub min_free_bytes: u64,
+    /// Bytes, 0..=1125899906842624.
+    pub cache_bytes: u64,
 }
 
 /// `[limits]`
@@ -228,6 +230,7 @@ impl Config {
         range("storage.min_free_bytes", self.storage.min_free_bytes, 0, 1 << 40);
         range("server.sse_ping_ms", server.sse_ping_ms, 1000, 60_000);
         range("server.shutdown_grace_ms", server.shutdown_grace_ms, 0, 600_000);
+        range("storage.cache_bytes", self.storage.cache_bytes, 0, 1 << 50);
         range("limits.upload_bytes", limits.upload_bytes, 1024, 1 << 40);
         range("limits.json_bytes", limits.json_bytes, 1024, 100 << 20);
         range("limits.archive_entries", limits.archive_entries, 1, 10_000_000);

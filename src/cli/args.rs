@@ -141,6 +141,10 @@ pub(crate) struct Train {
     /// Write every step's figures to this file, one JSON object a line.
     #[arg(long, value_name = "FILE")]
     pub(crate) metrics: Option<PathBuf>,
+    /// Folder for encoded pictures and texts, which other runs find again; by default `cache` in the results. How much stays
+    /// in it: `storage.cache_bytes` of the settings.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache: Option<PathBuf>,
     /// Also write the whole pipeline with the adapter merged in.
     #[arg(long)]
     pub(crate) merged_pipeline: bool,

@@ -22,7 +22,7 @@ use lorad_proto::{
     command::Command,
     event::{Level, Results, StepMetrics, WorkerEvent},
     problem::Problem,
-    spec::{AttemptSpec, BaseModelRef, DatasetRef, Export, Sampling},
+    spec::{AttemptSpec, BaseModelRef, Cache, DatasetRef, Export, Sampling},
 };
 use serde_json::{Map, Value};
 
@@ -45,7 +45,7 @@ pub(crate) fn run(args: &Train) -> Result<Exit> {
         .tempdir_in(&out)
         .context("make a working folder")?;
     let dataset = work.path().join("dataset");
-    let n_items = prepare_data(&args.data, work.path(), &dataset)?;
+    let (n_items, n_samples) = prepare_data(&args.data, work.path(), &dataset)?;
 
     let sampling = Sampling {
         prompts: args.prompt.clone(),
@@ -53,7 +53,7 @@ pub(crate) fn run(args: &Train) -> Result<Exit> {
         seed: args.sample_seed,
         ..Sampling::default()
     };
-    let plan = TrainerCatalog.plan(&base.family, &base_dir, &base, &hyperparameters, &sampling, n_items)?;
+    let plan = TrainerCatalog.plan(&base.family, &base_dir, &base, &hyperparameters, &sampling, n_samples)?;
     for warning in &plan.warnings {
         eprintln!("warning: {warning}");
     }
@@ -94,6 +94,10 @@ pub(crate) fn run(args: &Train) -> Result<Exit> {
         },
         device: args.device.clone(),
         threads: None,
+        cache: Cache {
+            dir: Some(args.cache.clone().unwrap_or_else(|| out.join("cache"))),
+            max_bytes: super::config::load(&args.settings, &[])?.storage.cache_bytes,
+        },
         attempt_dir: attempt_dir.clone(),
         resume_from: None,
     };
@@ -124,8 +128,8 @@ fn resolve(base: &BaseModelInfo, set: &[(String, Value)]) -> Result<Map<String, 
     })
 }
 
-/// Ingests the data like an upload; returns the number of items.
-fn prepare_data(data: &Path, work: &Path, dataset: &Path) -> Result<u32> {
+/// Ingests the data like an upload; returns the number of items, and of samples in an epoch.
+fn prepare_data(data: &Path, work: &Path, dataset: &Path) -> Result<(u32, u32)> {
     let staging = work.join("staging");
     fs::create_dir_all(&staging).context("make a working folder")?;
     let source = if data.is_dir() {
@@ -135,7 +139,7 @@ fn prepare_data(data: &Path, work: &Path, dataset: &Path) -> Result<u32> {
     };
     let inspector = ChildInspector::new(std::env::current_exe().context("find this program")?);
     match ingest::ingest(source, &staging, dataset, &Limits::default(), &inspector) {
-        Ok(ingested) => Ok(ingested.report.n_items),
+        Ok(ingested) => Ok((ingested.report.n_items, ingested.report.samples())),
         Err(IngestError::Refused(refusal)) => Err(refusal.problem.into()),
         Err(error) => Err(error).with_context(|| format!("read {}", data.display())),
     }

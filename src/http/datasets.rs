@@ -63,6 +63,10 @@ pub(super) struct ReportDto {
     pub min_side: u32,
     /// Largest side, pixels.
     pub max_side: u32,
+    /// Pictures that one epoch shows: repeats counted, and as many regularisation images as others if there are any.
+    pub n_samples: u32,
+    /// Regularisation images among the items.
+    pub n_reg: u32,
 }
 
 /// What was found about one file.
@@ -97,6 +101,8 @@ impl From<&Report> for ReportDto {
             max_caption_chars: report.max_caption_chars,
             min_side: report.min_side,
             max_side: report.max_side,
+            n_samples: report.samples(),
+            n_reg: report.n_reg,
         }
     }
 }
@@ -123,7 +129,9 @@ fn describe(dataset: &Dataset, n_jobs: u64, with_report: bool) -> DatasetDto {
 #[expect(dead_code, reason = "only documents the form")]
 pub(super) struct DatasetFormDto {
     /// A zip, tar or tar.gz of PNG, JPEG or WebP pictures, each with a caption: `a.png` with `a.txt` (or `.caption`), or
-    /// one `metadata.jsonl`/`metadata.csv` with `file_name` and `text`.
+    /// one `metadata.jsonl`/`metadata.csv` with `file_name` and `text` (and perhaps `repeats` and `is_reg`). As in kohya's
+    /// folders, `10_red apple/` shows its pictures ten times an epoch, and pictures below `reg/` are regularisation
+    /// images. `a.mask.png` or `masks/a.png` says where the loss of `a.png` counts (white) with `masked_loss`.
     #[schema(value_type = String, format = Binary)]
     file: Vec<u8>,
     /// 1 to 200 characters; by default the name of the file.
@@ -269,6 +277,12 @@ pub(super) struct ItemDto {
     pub bytes: u64,
     /// SHA-256 of the file, hex.
     pub sha256: String,
+    /// How often an epoch shows it.
+    pub repeats: u32,
+    /// Whether it is a regularisation image.
+    pub is_reg: bool,
+    /// Whether a mask says where its loss counts.
+    pub has_mask: bool,
     /// A PNG of at most 256 px.
     pub thumb_url: String,
 }
@@ -312,6 +326,9 @@ pub(super) async fn dataset_items(
             height: item.height,
             bytes: item.bytes,
             sha256: item.sha256,
+            repeats: item.repeats,
+            is_reg: item.is_reg,
+            has_mask: item.mask.is_some(),
         });
     }
     Ok(Json(List {

@@ -416,7 +416,7 @@ async fn check(app: &App, request: Value, dataset: DatasetOf<'_>, parent: Option
     let Some(dataset) = found else {
         return Ok(Checked::WithoutDataset);
     };
-    let plan = plan(app, &model, &hyperparameters, &sampling, dataset.n_items).await?;
+    let plan = plan(app, &model, &hyperparameters, &sampling, dataset.report.samples()).await?;
     let mut request = request;
     if let Value::Object(object) = &mut request {
         object.insert("dataset_id".to_owned(), dataset.id.to_string().into());

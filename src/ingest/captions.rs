@@ -63,9 +63,21 @@ pub(super) struct Row {
     pub(super) line: u64,
     pub(super) file_name: String,
     pub(super) text: String,
+    /// Overrides what the folder says.
+    pub(super) repeats: Option<u32>,
+    /// Overrides what the folder says.
+    pub(super) is_reg: Option<bool>,
 }
 
-/// Reads `metadata.jsonl`: one object a line, with `file_name` and `text`. Faults name their lines.
+/// Most times that an epoch shows a picture.
+pub(super) const MAX_REPEATS: u32 = 10_000;
+
+fn repeats(text: &str) -> Option<u32> {
+    text.trim().parse().ok().filter(|n| (1..=MAX_REPEATS).contains(n))
+}
+
+/// Reads `metadata.jsonl`: one object a line, with `file_name` and `text`, and perhaps `repeats` (1 to 10000) and `is_reg`
+/// (true for regularisation images). Faults name their lines.
 pub(super) fn jsonl(text: &str) -> (Vec<Row>, Vec<Fault>) {
     let mut rows = Vec::new();
     let mut faults = Vec::new();
@@ -75,7 +87,23 @@ pub(super) fn jsonl(text: &str) -> (Vec<Row>, Vec<Fault>) {
         }
         match serde_json::from_str::<Value>(content) {
             Ok(Value::Object(mut object)) => match (object.remove("file_name"), object.remove("text")) {
-                (Some(Value::String(file_name)), Some(Value::String(text))) => rows.push(Row { line, file_name, text }),
+                (Some(Value::String(file_name)), Some(Value::String(text))) => {
+                    let (times, is_reg) = (object.remove("repeats"), object.remove("is_reg"));
+                    let row = Row {
+                        line,
+                        file_name,
+                        text,
+                        repeats: times.as_ref().and_then(|v| repeats(&v.to_string())),
+                        is_reg: is_reg.as_ref().and_then(Value::as_bool),
+                    };
+                    if times.is_some() && row.repeats.is_none() {
+                        faults.push(row_fault(line, "`repeats` must be a whole number from 1 to 10000"));
+                    } else if is_reg.is_some() && row.is_reg.is_none() {
+                        faults.push(row_fault(line, "`is_reg` must be true or false"));
+                    } else {
+                        rows.push(row);
+                    }
+                }
                 (None, _) => faults.push(row_fault(line, "has no `file_name`")),
                 (_, None) => faults.push(row_fault(line, "has no `text`")),
                 _ => faults.push(row_fault(line, "`file_name` and `text` must be strings")),
@@ -87,7 +115,8 @@ pub(super) fn jsonl(text: &str) -> (Vec<Row>, Vec<Fault>) {
     (rows, faults)
 }
 
-/// Reads `metadata.csv`: a header with `file_name` and `text`; other columns are left alone.
+/// Reads `metadata.csv`: a header with `file_name` and `text`, perhaps `repeats` and `is_reg`; other columns are left
+/// alone, and an empty field says nothing.
 pub(super) fn csv(text: &str) -> (Vec<Row>, Vec<Fault>) {
     let mut reader = csv::ReaderBuilder::new().flexible(true).from_reader(text.as_bytes());
     let headers = match reader.headers() {
@@ -101,6 +130,7 @@ pub(super) fn csv(text: &str) -> (Vec<Row>, Vec<Fault>) {
             vec![row_fault(1, "must name the columns `file_name` and `text`")],
         );
     };
+    let (repeats_at, is_reg_at) = (column("repeats"), column("is_reg"));
     let mut rows = Vec::new();
     let mut faults = Vec::new();
     for record in reader.records() {
@@ -112,11 +142,27 @@ pub(super) fn csv(text: &str) -> (Vec<Row>, Vec<Fault>) {
                         let what = format!("has {} fields instead of {}", record.len(), headers.len());
                         faults.push(row_fault(line, &what));
                     }
-                    (Some(file_name), Some(text)) => rows.push(Row {
-                        line,
-                        file_name: file_name.to_owned(),
-                        text: text.to_owned(),
-                    }),
+                    (Some(file_name), Some(text)) => {
+                        let field = |at: Option<usize>| {
+                            let text = at.and_then(|i| record.get(i)).map_or("", str::trim);
+                            (!text.is_empty()).then_some(text)
+                        };
+                        let (times, is_reg) = (field(repeats_at), field(is_reg_at));
+                        let row = Row {
+                            line,
+                            file_name: file_name.to_owned(),
+                            text: text.to_owned(),
+                            repeats: times.and_then(repeats),
+                            is_reg: is_reg.and_then(|text| text.to_ascii_lowercase().parse().ok()),
+                        };
+                        if times.is_some() && row.repeats.is_none() {
+                            faults.push(row_fault(line, "`repeats` must be a whole number from 1 to 10000"));
+                        } else if is_reg.is_some() && row.is_reg.is_none() {
+                            faults.push(row_fault(line, "`is_reg` must be true or false"));
+                        } else {
+                            rows.push(row);
+                        }
+                    }
                     _ => faults.push(row_fault(line, "lacks a field")),
                 }
             }
@@ -177,6 +223,19 @@ mod tests {
         assert_eq!(rows[0].text, "a, \"b\"\r\nc");
         assert_eq!(faults.len(), 1, "{faults:?}");
         assert!(faults[0].1.contains("2 fields instead of 3"), "{faults:?}");
+    }
+
+    #[test]
+    fn both_tables_may_say_how_often_and_what_for() {
+        let (rows, faults) = jsonl(
+            "{\"file_name\":\"a\",\"text\":\"t\",\"repeats\":3,\"is_reg\":true}\n{\"file_name\":\"b\",\"text\":\"t\",\"repeats\":0}",
+        );
+        assert_eq!((rows[0].repeats, rows[0].is_reg), (Some(3), Some(true)));
+        assert!(faults[0].1.contains("line 2 `repeats`"), "{faults:?}");
+        let (rows, faults) = csv("file_name,text,repeats,is_reg\na,t,2,\nb,t,,True\nc,t,x,\n");
+        assert_eq!((rows[0].repeats, rows[0].is_reg), (Some(2), None));
+        assert_eq!((rows[1].repeats, rows[1].is_reg), (None, Some(true)));
+        assert_eq!(faults.len(), 1, "{faults:?}");
     }
 
     #[test]

@@ -20,6 +20,9 @@ mod names;
 mod pairing;
 mod publish;
 mod tar;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;
 mod zip;
 
 use std::{
@@ -259,6 +262,7 @@ fn title_of(code: &str) -> &'static str {
         "dataset.too_many_entries" => "The archive holds too many entries",
         "dataset.bomb" => "The archive unpacks to far more than it holds",
         "dataset.empty" => "The dataset holds no pictures",
+        "dataset.only_regularisation" => "The dataset holds nothing to train on",
         _ => "The dataset is refused",
     }
 }
@@ -308,7 +312,19 @@ pub fn ingest(
             max_pixels: limits.max_pixels,
         })
         .collect();
+    let masks: Vec<usize> = (0..candidates.len())
+        .filter(|&n| candidates[n].mask.is_some())
+        .collect();
+    let mut requests = requests;
+    requests.extend(masks.iter().filter_map(|&n| {
+        let (raw, _) = candidates[n].mask.as_ref()?;
+        Some(InspectRequest {
+            file: raw.path.clone(),
+            thumbnail: None,
+        })
+    }));
     let verdicts = inspector.inspect(&requests).map_err(IngestError::Inspector)?;
+    check_masks(&candidates, &masks, &verdicts, &mut findings);
     let mut pictures = Vec::with_capacity(candidates.len());
     for ((candidate, request), verdict) in candidates.into_iter().zip(requests).zip(verdicts) {
         match verdict {
@@ -348,7 +364,38 @@ pub fn ingest(
             "Upload a zip or tar.gz of PNG, JPEG or WebP pictures, each with a caption: `name.png` beside `name.txt`, or one `metadata.jsonl` with `file_name` and `text`.",
         ));
     }
+    if pictures.iter().all(|p| p.candidate.is_reg) {
+        return Err(findings.into_refusal(
+            "dataset.only_regularisation",
+            "Every picture is a regularisation image.".to_owned(),
+            "Add the pictures to train on beside the folder `reg`.",
+        ));
+    }
     publish::publish(pictures, findings, work.path(), dest)
+}
+
+/// The verdicts on the masks follow those on the pictures. A mask has its picture's size, so that it needs no guess about
+/// how it was cut.
+fn check_masks(candidates: &[pairing::Candidate], masks: &[usize], verdicts: &[ImageVerdict], findings: &mut Findings) {
+    for (&n, verdict) in masks.iter().zip(verdicts.iter().skip(candidates.len())) {
+        let Some((mask, _)) = &candidates[n].mask else { continue };
+        match (verdict, verdicts.get(n)) {
+            (ImageVerdict::Bad { code, detail }, _) => findings.refuse(&mask.name, known_code(code), detail.clone()),
+            (
+                ImageVerdict::Ok { width, height, .. },
+                Some(ImageVerdict::Ok {
+                    width: w, height: h, ..
+                }),
+            ) if (width, height) != (w, h) => {
+                let detail = format!(
+                    "it is {width} x {height} pixels, but {} is {w} x {h}",
+                    candidates[n].raw.name
+                );
+                findings.refuse(&mask.name, "mask.wrong_size", detail);
+            }
+            (ImageVerdict::Ok { .. }, _) => findings.ok(&mask.name),
+        }
+    }
 }
 
 /// Codes of the inspector are text from another process; only known ones go on.

@@ -1,7 +1,9 @@
 //! Which caption belongs to which picture. Every file that finds no partner is named.
 //!
 //! Two ways, never mixed for one picture: a sidecar (`a.png` with `a.txt` or `a.caption`), or a row of a table
-//! (`metadata.jsonl`/`metadata.csv`, names relative to the table's folder).
+//! (`metadata.jsonl`/`metadata.csv`, names relative to the table's folder). A picture without either takes the name of its
+//! folder, if that is one of kohya's (`10_red apple/`): ten times an epoch, captioned `red apple`. Pictures below a folder
+//! `reg` are regularisation images. `a.mask.png`, or `masks/a.png`, is the mask of `a.png` (or `.jpg`, `.webp`).
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -13,7 +15,7 @@ use lorad_proto::dataset::Verdict;
 use super::{
     Findings, IngestError, Limits, RawFile,
     archive::{Magic, magic},
-    captions::{self, Row},
+    captions::{self, MAX_REPEATS, Row},
     names,
 };
 
@@ -27,6 +29,12 @@ pub(super) struct Candidate {
     pub(super) caption: Option<String>,
     /// Extension to store it under, from its content.
     pub(super) extension: &'static str,
+    /// How often an epoch shows it.
+    pub(super) repeats: u32,
+    /// Whether it is a regularisation image.
+    pub(super) is_reg: bool,
+    /// Where its loss counts, and the extension to store that under.
+    pub(super) mask: Option<(RawFile, &'static str)>,
 }
 
 /// Sorts files into pictures and captions and pairs them. Pictures come back in order of name, also those without a
@@ -52,6 +60,7 @@ pub(super) fn pair(raw: Vec<RawFile>, limits: &Limits, findings: &mut Findings) 
         let detail = format!("{} is there too; keep one table", first.name);
         findings.refuse(&second.name, "metadata.two_tables", detail);
     }
+    let mut masks = take_masks(&mut pictures, findings);
     let rows = read_tables(&tables, &pictures, findings)?;
     let mut by_stem: HashMap<&str, Vec<&RawFile>> = HashMap::new();
     for sidecar in sidecars.values() {
@@ -71,6 +80,20 @@ pub(super) fn pair(raw: Vec<RawFile>, limits: &Limits, findings: &mut Findings) 
         let caption = match (row, beside.as_slice()) {
             (Some(row), []) => checked_row(name, row, limits, findings),
             (None, [sidecar]) => checked_sidecar(sidecar, limits, findings)?,
+            (None, []) if folder_of(name).is_some_and(|(_, class)| !class.is_empty()) => {
+                let class = folder_of(name).map(|(_, class)| class).unwrap_or_default();
+                match captions::caption(class, limits.max_caption_chars) {
+                    Ok(caption) => {
+                        let detail = format!("no caption: it takes its folder's name, {:?}", caption.text);
+                        findings.note(name, Verdict::Warning, "caption.from_folder", detail);
+                        Some(caption.text)
+                    }
+                    Err((code, detail)) => {
+                        findings.refuse(name, code, detail);
+                        None
+                    }
+                }
+            }
             (None, []) => {
                 let (code, detail) = if table_covers(name) {
                     (
@@ -119,14 +142,81 @@ pub(super) fn pair(raw: Vec<RawFile>, limits: &Limits, findings: &mut Findings) 
     for table in &tables {
         findings.ok(&table.name);
     }
+    for name in pictures.keys() {
+        if folder_of(name).is_some_and(|(times, _)| !(1..=MAX_REPEATS).contains(&times)) {
+            let detail =
+                format!("the number in front of its folder's name must be 1 to {MAX_REPEATS}: repeats per epoch");
+            findings.refuse(name, "folder.bad_repeats", detail);
+        }
+    }
     Ok(pictures
         .into_values()
-        .map(|(raw, extension)| Candidate {
-            caption: captions.remove(&raw.name).flatten(),
-            raw,
-            extension,
+        .map(|(raw, extension)| {
+            let row = rows.get(&raw.name).map(|(_, row)| row);
+            let folders: Vec<&str> = parent(&raw.name).split('/').collect();
+            Candidate {
+                caption: captions.remove(&raw.name).flatten(),
+                repeats: row
+                    .and_then(|row| row.repeats)
+                    .or_else(|| folder_of(&raw.name).map(|(times, _)| times))
+                    .unwrap_or(1),
+                is_reg: row
+                    .and_then(|row| row.is_reg)
+                    .unwrap_or_else(|| folders.iter().any(|f| f.eq_ignore_ascii_case("reg"))),
+                mask: masks.remove(names::split_extension(&raw.name).0),
+                raw,
+                extension,
+            }
         })
         .collect())
+}
+
+/// What kohya's folder names say: `10_red apple` is 10 repeats of `red apple`.
+///
+/// # Source
+/// kohya sd-scripts 48d368f `library/config_util.py`, `generate_dreambooth_subsets_config_by_subdirs`.
+fn folder_of(name: &str) -> Option<(u32, &str)> {
+    let folder = parent(name).trim_end_matches('/').rsplit('/').next()?;
+    let (times, class) = folder.split_once('_')?;
+    let digits = !times.is_empty() && times.bytes().all(|b| b.is_ascii_digit());
+    digits.then(|| (times.parse().unwrap_or(u32::MAX), class))
+}
+
+/// Takes masks out of the pictures, by the stem of the picture that each belongs to. A mask without its picture is named.
+fn take_masks(pictures: &mut Pictures, findings: &mut Findings) -> HashMap<String, (RawFile, &'static str)> {
+    let target = |name: &str| {
+        let stem = names::split_extension(name).0;
+        if let Some(target) = stem.strip_suffix(".mask") {
+            return Some(target.to_owned());
+        }
+        let at = stem
+            .rfind("masks/")
+            .filter(|&at| at == 0 || stem[..at].ends_with('/'))?;
+        Some(format!("{}{}", &stem[..at], &stem[at + "masks/".len()..]))
+    };
+    let stems: HashSet<String> = pictures
+        .keys()
+        .filter(|name| target(name).is_none())
+        .map(|name| stem_of(name))
+        .collect();
+    let found: Vec<(String, String)> = pictures
+        .keys()
+        .filter_map(|name| Some((name.clone(), target(name)?)))
+        .collect();
+    let mut masks: HashMap<String, (RawFile, &'static str)> = HashMap::new();
+    for (name, stem) in found {
+        let Some(mask) = pictures.remove(&name) else { continue };
+        if !stems.contains(&stem) {
+            let detail = format!("a mask without its picture: no {stem}.png, .jpg or .webp in the upload");
+            findings.refuse(&name, "mask.no_image", detail);
+        } else if let Some((earlier, _)) = masks.get(&stem) {
+            let detail = format!("{} is a mask of the same picture", earlier.name);
+            findings.refuse(&name, "mask.two_masks", detail);
+        } else {
+            masks.insert(stem, mask);
+        }
+    }
+    masks
 }
 
 type Pictures = BTreeMap<String, (RawFile, &'static str)>;

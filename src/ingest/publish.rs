@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use lorad_proto::dataset::{Item, Report, Verdict};
+use lorad_proto::dataset::{Item, Mask, Report, Verdict, epoch_samples};
 
 use super::{Findings, IngestError, Ingested, pairing::Candidate};
 
@@ -40,12 +40,26 @@ pub(super) fn publish(
             raw,
             caption,
             extension,
+            repeats,
+            is_reg,
+            mask,
         } = picture.candidate;
         let name = format!("{n:05}.{extension}");
         place(&raw.path, &files.join(&name))?;
         if let Some(thumbnail) = picture.thumbnail.filter(|t| t.exists()) {
             place(&thumbnail, &thumbs.join(format!("{n:05}.png")))?;
         }
+        let mask = match mask {
+            Some((raw, extension)) => {
+                let file = format!("{n:05}.mask.{extension}");
+                place(&raw.path, &files.join(&file))?;
+                Some(Mask {
+                    file,
+                    sha256: raw.sha256,
+                })
+            }
+            None => None,
+        };
         if let Some(earlier) = first_with.get(&raw.sha256) {
             n_duplicates += 1;
             findings.others.remove(&raw.name);
@@ -63,6 +77,9 @@ pub(super) fn publish(
             height: picture.height,
             bytes: raw.bytes,
             sha256: raw.sha256,
+            repeats,
+            is_reg,
+            mask,
         });
     }
     let sides = || items.iter().flat_map(|i| [i.width, i.height]);
@@ -75,6 +92,8 @@ pub(super) fn publish(
         max_caption_chars: u32::try_from(longest).unwrap_or(u32::MAX),
         min_side: sides().min().unwrap_or(0),
         max_side: sides().max().unwrap_or(0),
+        n_samples: u32::try_from(epoch_samples(&items).len()).unwrap_or(u32::MAX),
+        n_reg: items.iter().filter(|item| item.is_reg).count() as u32,
     };
     let lines = items.iter().map(serde_json::to_string).collect::<Result<Vec<_>, _>>();
     let lines = lines.map_err(|e| IngestError::io("encode", &build)(e.into()))?;

@@ -7,7 +7,7 @@ use std::{io::Read, path::PathBuf, sync::Arc};
 
 use lorad_proto::{
     PROTOCOL_VERSION,
-    spec::{AttemptSpec, BaseModelRef, DatasetRef},
+    spec::{AttemptSpec, BaseModelRef, Cache, DatasetRef},
 };
 use sha2::{Digest, Sha256};
 
@@ -97,7 +97,11 @@ async fn start(
         lease_ms: settings.lease_ms,
     };
     let (threads, family) = (settings.threads, claimed.job.family.clone());
-    let prepare = move || write_spec(&spec(claimed, device, threads));
+    let cache = Cache {
+        dir: Some(app.data.cache()),
+        max_bytes: app.config.storage.cache_bytes,
+    };
+    let prepare = move || write_spec(&spec(claimed, device, threads, cache));
     tokio::task::spawn_blocking(prepare)
         .await
         .map_err(std::io::Error::other)??;
@@ -116,7 +120,7 @@ async fn start(
 }
 
 /// What the worker is told. Reads checkpoints, so it may take long.
-fn spec(claimed: Claimed, device: String, threads: u64) -> AttemptSpec {
+fn spec(claimed: Claimed, device: String, threads: u64, cache: Cache) -> AttemptSpec {
     let job = claimed.job;
     AttemptSpec {
         protocol: PROTOCOL_VERSION,
@@ -140,6 +144,7 @@ fn spec(claimed: Claimed, device: String, threads: u64) -> AttemptSpec {
             0 => None,
             n => usize::try_from(n).ok(),
         },
+        cache,
         attempt_dir: claimed.dir,
         resume_from: newest_intact(&claimed.checkpoints),
     }

@@ -37,11 +37,24 @@ pub struct AttemptSpec {
     /// Threads for CPU kernels. `None`: all cores.
     #[serde(default)]
     pub threads: Option<usize>,
+    /// Encoded pictures and texts that jobs share.
+    #[serde(default)]
+    pub cache: Cache,
     /// Where this attempt works; absolute.
     pub attempt_dir: PathBuf,
     /// A verified checkpoint directory to continue from.
     #[serde(default)]
     pub resume_from: Option<PathBuf>,
+}
+
+/// Where encoded pictures and texts are kept for other jobs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Cache {
+    /// Folder, absolute; `None`: nothing is kept.
+    pub dir: Option<PathBuf>,
+    /// Most bytes that stay in it.
+    pub max_bytes: u64,
 }
 
 /// A base model on disk.

@@ -29,6 +29,8 @@ pub enum Purpose {
     Variant,
     /// Whether one training sample drops its caption.
     CaptionDropout,
+    /// The order of the tags in the caption of one training sample.
+    CaptionShuffle,
     /// Initial values of one adapter tensor; the counter is [`name_counter`] of its name.
     Init,
     /// The order of the items in one epoch.
@@ -52,6 +54,7 @@ impl Purpose {
             Self::Crop => *b"lorad/crop......",
             Self::Variant => *b"lorad/variant...",
             Self::CaptionDropout => *b"lorad/cap-drop..",
+            Self::CaptionShuffle => *b"lorad/cap-shuf..",
             Self::Init => *b"lorad/init......",
             Self::Order => *b"lorad/order.....",
             Self::Validation => *b"lorad/validation",

@@ -112,7 +112,7 @@ fn attempt(family: &dyn Family, spec: &AttemptSpec, reporter: &dyn Reporter, rea
     }
     let order = Order::new(
         run.settings.seed,
-        task.n_items(),
+        task.buckets(),
         run.settings.batch_size,
         run.settings.gradient_accumulation_steps,
     );
@@ -417,7 +417,7 @@ impl<'a> Run<'a> {
             Command::Cancel { save } => {
                 let results = if save && step > 0 {
                     self.choose_result();
-                    let order = Order::new(self.settings.seed, self.task.n_items(), 1, 1);
+                    let order = Order::new(self.settings.seed, self.task.buckets(), 1, 1);
                     Some(self.export(&order)?)
                 } else {
                     None

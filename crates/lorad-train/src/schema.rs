@@ -81,6 +81,11 @@ pub enum Kind {
     Boolean,
     /// One of these words.
     Choice(&'static [&'static str]),
+    /// Text of at most so many characters.
+    Text {
+        /// Most characters.
+        max_chars: usize,
+    },
     /// A preset's name, a pattern, or a list of names (`target_modules`).
     Targets,
 }
@@ -114,6 +119,7 @@ pub fn json_schema(title: &str, fields: &[&Field]) -> Value {
             } => json!({"type": "number", "minimum": min, "maximum": max}),
             Kind::Boolean => json!({"type": "boolean"}),
             Kind::Choice(words) => json!({"type": "string", "enum": words}),
+            Kind::Text { max_chars } => json!({"type": "string", "minLength": 1, "maxLength": max_chars}),
             Kind::Targets => json!({"oneOf": [
                 {"type": "string", "minLength": 1},
                 {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
@@ -237,6 +243,15 @@ fn check(field: &Field, value: &Value) -> Result<Value, (&'static str, String)> 
             Some(word) => Err(("not_allowed", format!("{word:?} is not one of {}", words.join(", ")))),
             None => Err(wrong_type(&format!("one of the words {}", words.join(", ")))),
         },
+        Kind::Text { max_chars } => {
+            let text = value.as_str().ok_or_else(|| wrong_type("a text"))?;
+            let n = text.chars().count();
+            if n == 0 || n > *max_chars {
+                let detail = format!("{n} characters; allowed: 1 to {max_chars}");
+                return Err(("out_of_range", detail));
+            }
+            Ok(value.clone())
+        }
         Kind::Targets => crate::lora::target::TargetModules::parse(value)
             .map(|_| value.clone())
             .map_err(|detail| ("not_allowed", detail)),

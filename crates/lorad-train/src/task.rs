@@ -75,6 +75,11 @@ pub trait Task {
     /// Number of training items.
     fn n_items(&self) -> usize;
 
+    /// Which items fit into one micro-batch: those with the same number, from 0, one per item. All, if not overridden.
+    fn buckets(&self) -> Vec<usize> {
+        vec![0; self.n_items()]
+    }
+
     /// What the run depends on besides its settings (base model, dataset), by name, so that a checkpoint of another run
     /// is refused.
     fn fingerprints(&self) -> BTreeMap<String, String>;

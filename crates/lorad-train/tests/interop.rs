@@ -246,6 +246,7 @@ fn spec(case: &Case, base: &Path, dir: &Path) -> AttemptSpec {
         },
         device: "cpu".to_owned(),
         threads: None,
+        cache: lorad_proto::spec::Cache::default(),
         attempt_dir: dir.to_owned(),
         resume_from: None,
     }
@@ -278,6 +279,7 @@ fn dataset(dir: &Path) -> DatasetRef {
                 height: side,
                 bytes: bytes.len() as u64,
                 sha256: hex::encode(Sha256::digest(&bytes)),
+                ..Item::default()
             })
             .unwrap()
         })

@@ -2,7 +2,10 @@
 
 use std::{fs, path::Path};
 
-use lorad_proto::{dataset::Item, problem::Problem};
+use lorad_proto::{
+    dataset::{Item, epoch_samples},
+    problem::Problem,
+};
 use sha2::{Digest, Sha256};
 
 use crate::{Result, TrainError};
@@ -24,7 +27,8 @@ pub fn read_items(dataset: &Path) -> Result<Vec<Item>> {
             )
             .with_hint("Upload the dataset again.")
         })?;
-        if item.file.contains(['/', '\\']) || !dataset.join("files").join(&item.file).is_file() {
+        let there = |file: &str| !file.contains(['/', '\\']) && dataset.join("files").join(file).is_file();
+        if !there(&item.file) || item.mask.as_ref().is_some_and(|mask| !there(&mask.file)) {
             return Err(Problem::new(
                 "dataset.file_missing",
                 "A picture of the dataset is missing",
@@ -38,11 +42,11 @@ pub fn read_items(dataset: &Path) -> Result<Vec<Item>> {
         }
         items.push(item);
     }
-    if items.is_empty() {
+    if epoch_samples(&items).is_empty() {
         return Err(Problem::new(
             "dataset.empty",
             "The dataset is empty",
-            format!("{} lists no items.", path.display()),
+            format!("{} lists nothing to train on.", path.display()),
         )
         .with_hint("Upload at least one picture with a caption.")
         .into());
@@ -58,6 +62,11 @@ pub fn dataset_fingerprint(items: &[Item]) -> String {
         hasher.update(item.sha256.as_bytes());
         hasher.update((item.caption.len() as u64).to_le_bytes());
         hasher.update(item.caption.as_bytes());
+        // What a plain item has not is not hashed, so that checkpoints made before it existed still fit.
+        if item.repeats != 1 || item.is_reg || item.mask.is_some() {
+            let mask = item.mask.as_ref().map_or("", |mask| mask.sha256.as_str());
+            hasher.update(format!("repeats {} reg {} mask {mask};", item.repeats, item.is_reg));
+        }
     }
     hex::encode(hasher.finalize())
 }
@@ -77,6 +86,7 @@ mod tests {
             height: 4,
             bytes: 1,
             sha256: format!("{n:064}"),
+            ..Item::default()
         }
     }
 

@@ -11,12 +11,16 @@ use std::{
 
 use candle_core::{Device, Tensor};
 use image::{
-    DynamicImage, ImageDecoder, ImageError, ImageFormat, Limits, RgbImage, RgbaImage,
+    DynamicImage, GrayImage, ImageDecoder, ImageError, ImageFormat, Limits, RgbImage, RgbaImage,
     codecs::{jpeg::JpegDecoder, png::PngDecoder, webp::WebPDecoder},
     imageops::{self, FilterType},
 };
-use lorad_proto::{dataset::ImageVerdict, problem::Problem};
+use lorad_proto::{
+    dataset::{ImageVerdict, Item},
+    problem::Problem,
+};
 
+use super::bucket::Placement;
 use crate::Result;
 
 /// Longest side that is decoded, pixels.
@@ -26,12 +30,12 @@ const MAX_ALLOC_BYTES: u64 = 256 << 20;
 /// Longest side of a thumbnail, pixels.
 const THUMBNAIL_SIDE: u32 = 256;
 
-/// How a picture is cut to the square that a model reads.
+/// How a picture is brought to what a model reads.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Framing {
-    /// Side of the square, pixels.
-    pub resolution: u32,
-    /// Where the square lies along the longer side, 0 (left or top) to 1; 0.5 is the centre.
+    /// Its size, before and after the cut.
+    pub placement: Placement,
+    /// Where the cut lies along each side, 0 (left or top) to 1; 0.5 is the centre.
     pub offset: f64,
     /// Mirrored left to right.
     pub flip: bool,
@@ -43,6 +47,47 @@ pub struct Framing {
 /// An [`ImageVerdict::Bad`]'s code and detail: `image.empty`, `image.unsupported_format`, `image.too_large`,
 /// `image.animated`, `image.truncated`, `image.undecodable`.
 pub fn decode(bytes: &[u8]) -> Result<(RgbImage, ImageFormat), Problem> {
+    let (picture, format) = decode_as_stored(bytes)?;
+    Ok((on_white(picture), format))
+}
+
+/// [`decode`], and how opaque each pixel is, if the file says that.
+///
+/// # Errors
+/// As [`decode`].
+pub fn decode_with_alpha(bytes: &[u8]) -> Result<(RgbImage, Option<GrayImage>), Problem> {
+    let (picture, _) = decode_as_stored(bytes)?;
+    let alpha = picture.color().has_alpha().then(|| {
+        let rgba = picture.to_rgba8();
+        GrayImage::from_fn(rgba.width(), rgba.height(), |x, y| {
+            image::Luma([rgba.get_pixel(x, y).0[3]])
+        })
+    });
+    Ok((on_white(picture), alpha))
+}
+
+/// [`decode`] of an item's file, which must be as large as it was when it was uploaded.
+///
+/// # Errors
+/// As [`decode`], with the picture's name in front; `image.wrong_size`.
+pub fn decode_as(bytes: &[u8], item: &Item) -> Result<RgbImage, Problem> {
+    let named = |mut problem: Problem| {
+        problem.detail = format!("{}: {}", item.source, problem.detail);
+        problem
+    };
+    let (picture, _) = decode(bytes).map_err(named)?;
+    let (width, height) = picture.dimensions();
+    if (width, height) != (item.width, item.height) {
+        let detail = format!(
+            "It is {width} x {height} pixels, and was {} x {} when it was uploaded.",
+            item.width, item.height
+        );
+        return Err(named(bad("image.wrong_size", &detail)));
+    }
+    Ok(picture)
+}
+
+fn decode_as_stored(bytes: &[u8]) -> Result<(DynamicImage, ImageFormat), Problem> {
     if bytes.is_empty() {
         return Err(bad("image.empty", "The file is empty (0 bytes)."));
     }
@@ -68,7 +113,7 @@ pub fn decode(bytes: &[u8]) -> Result<(RgbImage, ImageFormat), Problem> {
         _ => return Err(unsupported(bytes)),
     };
     match decoded {
-        Ok(Some(picture)) => Ok((on_white(picture), format)),
+        Ok(Some(picture)) => Ok((picture, format)),
         Ok(None) => Err(bad(
             "image.animated",
             "The picture is animated; only still pictures can be trained on.",
@@ -106,40 +151,50 @@ pub fn inspect_image(file: &Path, thumbnail: Option<&Path>) -> ImageVerdict {
     }
 }
 
-/// Resizes the shorter side to the resolution (Lanczos3), cuts the square, mirrors it if asked, and scales to `[-1, 1]`.
+/// Resizes (Lanczos3), cuts, mirrors if asked, and scales to `[-1, 1]`.
 ///
 /// # Shapes
-/// Returns `(3, resolution, resolution)`, f32.
+/// Returns `(3, height, width)` of the placement's size, f32.
 ///
 /// # Errors
 /// Only if the tensor cannot be made.
 pub fn to_tensor(picture: &RgbImage, framing: Framing, device: &Device) -> Result<Tensor> {
-    let side = framing.resolution;
-    let (width, height) = picture.dimensions();
-    let short = width.min(height).max(1);
-    // The shorter side becomes exactly `side`; rounding may not make the longer one shorter than that.
-    let scaled = |length: u32| {
-        let exact = u64::from(length) * u64::from(side);
-        u32::try_from((exact + u64::from(short) / 2) / u64::from(short))
-            .unwrap_or(u32::MAX)
-            .max(side)
-    };
-    let (new_width, new_height) = (scaled(width), scaled(height));
-    let resized = if (new_width, new_height) == (width, height) {
+    let Placement {
+        size: (width, height),
+        resized: (new_width, new_height),
+    } = framing.placement;
+    let resized = if (new_width, new_height) == picture.dimensions() {
         picture.clone()
     } else {
         imageops::resize(picture, new_width, new_height, FilterType::Lanczos3)
     };
-    let place = |length: u32| (f64::from(length - side) * framing.offset.clamp(0.0, 1.0)).round() as u32;
-    let mut square = imageops::crop_imm(&resized, place(new_width), place(new_height), side, side).to_image();
+    let offset = framing.offset.clamp(0.0, 1.0);
+    let place = |length: u32, kept: u32| (f64::from(length.saturating_sub(kept)) * offset).round() as u32;
+    let (left, top) = (place(new_width, width), place(new_height, height));
+    let mut cut = imageops::crop_imm(&resized, left, top, width, height).to_image();
     if framing.flip {
-        imageops::flip_horizontal_in_place(&mut square);
+        imageops::flip_horizontal_in_place(&mut cut);
     }
-    let side = side as usize;
-    let values: Vec<f32> = square.as_raw().iter().map(|&v| f32::from(v) / 127.5 - 1.0).collect();
-    Ok(Tensor::from_vec(values, (side, side, 3), device)?
+    let values: Vec<f32> = cut.as_raw().iter().map(|&v| f32::from(v) / 127.5 - 1.0).collect();
+    Ok(Tensor::from_vec(values, (height as usize, width as usize, 3), device)?
         .permute((2, 0, 1))?
         .contiguous()?)
+}
+
+/// A mask in the latents' size: cut like its picture, then each latent position takes the mean of its pixels.
+///
+/// # Shapes
+/// Returns `(1, height / downscale, width / downscale)` of the placement's size, f32 from 0 (black) to 1 (white).
+///
+/// # Errors
+/// Only if the tensor cannot be made.
+///
+/// # Source
+/// kohya sd-scripts 48d368f `library/custom_train_functions.py`, `apply_masked_loss` (`interpolate(mode="area")`).
+pub fn mask_tensor(mask: &GrayImage, framing: Framing, downscale: usize, device: &Device) -> Result<Tensor> {
+    let rgb = DynamicImage::ImageLuma8(mask.clone()).into_rgb8();
+    let pixels = to_tensor(&rgb, framing, device)?.narrow(0, 0, 1)?.unsqueeze(0)?;
+    Ok(((pixels.avg_pool2d(downscale)? + 1.0)? / 2.0)?.squeeze(0)?)
 }
 
 /// Share of near-black pixels (largest channel < 60) within the drawing (smallest channel < 235).
@@ -280,6 +335,7 @@ mod tests {
     use image::{Rgb, Rgba};
 
     use super::*;
+    use crate::data::{BucketConfig, Buckets};
 
     fn encode(picture: &DynamicImage, format: ImageFormat) -> Vec<u8> {
         let mut bytes = Cursor::new(Vec::new());
@@ -393,13 +449,24 @@ mod tests {
         assert!(turned.get_pixel(8, 4).0[0] > 200 && turned.get_pixel(8, 28).0[2] > 200);
     }
 
+    fn square(resolution: u32, width: u32, height: u32) -> Placement {
+        let off = BucketConfig {
+            enable_bucket: false,
+            min_bucket_reso: None,
+            max_bucket_reso: None,
+            bucket_reso_steps: None,
+            bucket_no_upscale: false,
+        };
+        Buckets::new(resolution, &off).place(width, height)
+    }
+
     #[test]
     fn framing_cuts_mirrors_and_scales() {
         let wide = halves(64, 16);
         let red = |t: &Tensor| t.get(0).unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap();
         let frame = |offset, flip| {
             let framing = Framing {
-                resolution: 16,
+                placement: square(16, 64, 16),
                 offset,
                 flip,
             };
@@ -422,11 +489,51 @@ mod tests {
         };
         assert_eq!((corner(&centre), corner(&mirrored)), (1.0, -1.0));
         let up = Framing {
-            resolution: 40,
+            placement: square(40, 7, 9),
             offset: 0.5,
             flip: false,
         };
         assert_eq!(to_tensor(&halves(7, 9), up, &Device::Cpu).unwrap().dims(), [3, 40, 40]);
+        let wide = Framing {
+            placement: Placement {
+                size: (48, 16),
+                resized: (52, 16),
+            },
+            ..up
+        };
+        assert_eq!(
+            to_tensor(&halves(64, 20), wide, &Device::Cpu).unwrap().dims(),
+            [3, 16, 48]
+        );
+    }
+
+    #[test]
+    fn a_mask_is_the_mean_over_each_latent_position() {
+        let mask = GrayImage::from_fn(32, 16, |x, _| image::Luma([if x < 20 { 255 } else { 0 }]));
+        let framing = Framing {
+            placement: Placement {
+                size: (32, 16),
+                resized: (32, 16),
+            },
+            offset: 0.5,
+            flip: false,
+        };
+        let values = |flip| {
+            let t = mask_tensor(&mask, Framing { flip, ..framing }, 8, &Device::Cpu).unwrap();
+            assert_eq!(t.dims(), [1, 2, 4]);
+            t.get(0).unwrap().get(1).unwrap().to_vec1::<f32>().unwrap()
+        };
+        assert_eq!(values(false), [1.0, 1.0, 0.5, 0.0]);
+        assert_eq!(values(true), [0.0, 0.5, 1.0, 1.0]);
+    }
+
+    #[test]
+    fn transparency_is_told_where_a_file_has_it() {
+        let glass = RgbaImage::from_fn(4, 2, |x, _| Rgba([0, 0, 0, (x * 80) as u8]));
+        let (_, alpha) = decode_with_alpha(&encode(&glass.into(), ImageFormat::Png)).unwrap();
+        assert_eq!(alpha.unwrap().as_raw(), &[0, 80, 160, 240, 0, 80, 160, 240]);
+        let (_, alpha) = decode_with_alpha(&encode(&halves(4, 4).into(), ImageFormat::Png)).unwrap();
+        assert!(alpha.is_none());
     }
 
     #[test]

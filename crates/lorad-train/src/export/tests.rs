@@ -113,6 +113,7 @@ fn spec(dir: &Path) -> AttemptSpec {
         export: Export { merged_pipeline: true },
         device: "cpu".into(),
         threads: None,
+        cache: lorad_proto::spec::Cache::default(),
         attempt_dir: path,
         resume_from: None,
     }

@@ -1,23 +1,30 @@
 //! What training reads instead of pictures and captions: the VAE's posterior of each picture and the text encoder's
-//! embedding of each caption, computed once per job. The encoders are dropped afterwards.
+//! embedding of each caption, computed once and kept on disk for other jobs. The encoders are dropped afterwards; only
+//! where captions are shuffled the text encoder stays, because then every sample has a text of its own.
 
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor};
+use image::GrayImage;
 use lorad_proto::{
     dataset::Item,
     event::{Level, Phase, WorkerEvent},
+    problem::Problem,
 };
+use sha2::{Digest, Sha256};
 
-use super::{clip::ClipTextModel, schema::Settings, vae::AutoencoderKl, weights::BaseFolder};
+use super::{
+    clip::ClipTextModel, keys::Part, schema::Settings, tokenizer::ClipTokenizer, vae::AutoencoderKl,
+    weights::BaseFolder,
+};
 use crate::{
     Result, TrainError,
-    data::{self, Framing},
+    data::{self, Buckets, Framing, Key, Placement, TensorCache},
     rng::{Purpose, Stream},
     task::Reporter,
 };
 
-/// Crops that are cached of a picture that is not square, when crops are random.
+/// Crops that are cached of a picture that loses something to the cut, when crops are random.
 const RANDOM_CROPS: u64 = 4;
 /// Texts that go through the text encoder at a time.
 const TEXT_BATCH: usize = 16;
@@ -27,6 +34,8 @@ const TEXT_BATCH: usize = 16;
 pub(super) struct Latents {
     pub(super) mean: Tensor,
     pub(super) std: Tensor,
+    /// Where the loss counts, (1, h, w), 0 to 1; `None`: everywhere.
+    pub(super) mask: Option<Tensor>,
 }
 
 /// One training item.
@@ -34,40 +43,109 @@ pub(super) struct Latents {
 pub(super) struct CachedItem {
     /// Crops and mirror images; never empty.
     pub(super) variants: Vec<Latents>,
+    /// What all of them were brought to.
+    pub(super) size: (u32, u32),
+    /// With prefix, suffix and trigger word.
     pub(super) caption: String,
+    /// How much its loss counts.
+    pub(super) loss_weight: f64,
 }
 
 /// Embeddings by text, each (l, d).
 pub(super) type Embeddings = BTreeMap<String, Tensor>;
 
-/// Embeds every text once.
+/// Which arithmetic made an entry: the same weights give slightly other numbers on another kind of device.
+fn arithmetic(device: &Device) -> &'static str {
+    match device {
+        Device::Cpu => "cpu f32",
+        Device::Cuda(_) => "cuda f32",
+        Device::Metal(_) => "metal f32",
+    }
+}
+
+/// Tokenizer and text encoder.
+#[derive(Debug)]
+pub(super) struct TextEncoder {
+    tokenizer: ClipTokenizer,
+    model: ClipTextModel,
+    /// All that its answers depend on besides the ids.
+    key: Key,
+    device: Device,
+}
+
+impl TextEncoder {
+    pub(super) fn load(base: &BaseFolder, device: &Device) -> Result<Self> {
+        Ok(Self {
+            tokenizer: base.tokenizer()?,
+            model: ClipTextModel::load(base, device)?,
+            key: Key::new("text")
+                .with(base.weights(Part::TextEncoder)?.content_hash()?)
+                .with(format!("{:?}", base.text_encoder))
+                .with(arithmetic(device)),
+            device: device.clone(),
+        })
+    }
+
+    /// The embeddings of these texts, each (l, d).
+    pub(super) fn encode(&self, texts: &[String]) -> Result<Vec<Tensor>> {
+        let ids = texts
+            .iter()
+            .map(|text| Ok(self.tokenizer.encode(text)?.ids))
+            .collect::<Result<Vec<_>>>()?;
+        self.encode_ids(&ids)
+    }
+
+    fn encode_ids(&self, ids: &[Vec<u32>]) -> Result<Vec<Tensor>> {
+        let mut embeddings = Vec::with_capacity(ids.len());
+        for batch in ids.chunks(TEXT_BATCH) {
+            let flat: Vec<u32> = batch.iter().flatten().copied().collect();
+            let ids = Tensor::from_vec(flat, (batch.len(), self.tokenizer.max_length()), &self.device)?;
+            let states = self.model.forward(&ids)?.detach();
+            for i in 0..batch.len() {
+                // A copy: a view would keep the whole batch.
+                embeddings.push(states.get(i)?.copy()?);
+            }
+        }
+        Ok(embeddings)
+    }
+}
+
+/// Embeds every text once, or finds it in the cache: the ids stand for text and tokenizer.
 ///
 /// # Errors
-/// If the text encoder does not load, or a command asks to stop.
+/// If the text encoder fails, or a command asks to stop.
 pub(super) fn embed(
-    base: &BaseFolder,
+    encoder: &TextEncoder,
     texts: impl IntoIterator<Item = String>,
-    device: &Device,
+    cache: &mut TensorCache,
     reporter: &dyn Reporter,
 ) -> Result<Embeddings> {
-    let tokenizer = base.tokenizer()?;
-    let encoder = ClipTextModel::load(base, device)?;
+    let tokenizer = &encoder.tokenizer;
     let mut embeddings: Embeddings = BTreeMap::new();
-    let mut ids = Vec::new();
-    let mut truncated: Vec<(String, usize)> = Vec::new();
+    let mut missing: BTreeMap<String, Vec<u32>> = BTreeMap::new();
+    let mut truncated: BTreeMap<String, usize> = BTreeMap::new();
+    let key = |ids: &[u32]| {
+        let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+        encoder.key.clone().with(bytes)
+    };
     for text in texts {
-        if embeddings.contains_key(&text) {
+        if embeddings.contains_key(&text) || missing.contains_key(&text) {
             continue;
         }
         let encoded = tokenizer.encode(&text)?;
         if encoded.n_tokens > encoded.ids.len() {
-            truncated.push((text.clone(), encoded.n_tokens));
+            truncated.insert(text.clone(), encoded.n_tokens);
         }
-        // The place is kept; the value follows below, in the same order.
-        embeddings.insert(text.clone(), Tensor::zeros((), candle_core::DType::F32, &Device::Cpu)?);
-        ids.push((text, encoded.ids));
+        match cache.find(&key(&encoded.ids)).as_deref() {
+            Some([embedding]) => {
+                embeddings.insert(text, embedding.clone());
+            }
+            _ => {
+                missing.insert(text, encoded.ids);
+            }
+        }
     }
-    if let Some((text, n)) = truncated.first() {
+    if let Some((text, n)) = truncated.first_key_value() {
         reporter.emit(WorkerEvent::Alert {
             code: "caption.truncated".to_owned(),
             severity: Level::Warn,
@@ -80,77 +158,150 @@ pub(super) fn embed(
             ),
         });
     }
-    for batch in ids.chunks(TEXT_BATCH) {
+    let missing: Vec<(String, Vec<u32>)> = missing.into_iter().collect();
+    for batch in missing.chunks(TEXT_BATCH) {
         reporter.check_stop()?;
-        let flat: Vec<u32> = batch.iter().flat_map(|(_, ids)| ids.iter().copied()).collect();
-        let ids = Tensor::from_vec(flat, (batch.len(), tokenizer.max_length()), device)?;
-        let states = encoder.forward(&ids)?.detach();
-        for (i, (text, _)) in batch.iter().enumerate() {
-            // A copy: a view would keep the whole batch.
-            embeddings.insert(text.clone(), states.get(i)?.copy()?);
+        let ids: Vec<Vec<u32>> = batch.iter().map(|(_, ids)| ids.clone()).collect();
+        for ((text, ids), embedding) in batch.iter().zip(encoder.encode_ids(&ids)?) {
+            cache.store(&key(ids), std::slice::from_ref(&embedding));
+            embeddings.insert(text.clone(), embedding);
         }
     }
     Ok(embeddings)
 }
 
-/// Encodes every picture, in every variant that training may ask for.
+/// Encodes every picture, in every variant that training may ask for, or finds it in the cache.
 ///
 /// # Errors
 /// A picture that cannot be read, named as the user knows it; or a command asks to stop.
 pub(super) fn encode(
+    base: &BaseFolder,
     vae: &AutoencoderKl,
     items: Vec<Item>,
     files: &std::path::Path,
     settings: &Settings,
-    device: &Device,
+    cache: &mut TensorCache,
     reporter: &dyn Reporter,
 ) -> Result<Vec<CachedItem>> {
+    let device = cache.device().clone();
+    let device = &device;
     let total = items.len() as u64;
+    let buckets = Buckets::new(settings.resolution, &settings.data.bucket);
+    let of_vae = Key::new("latents")
+        .with(base.weights(Part::Vae)?.content_hash()?)
+        .with(format!("{:?}", base.vae))
+        .with(arithmetic(device));
     let mut cached = Vec::with_capacity(items.len());
     for (done, item) in items.into_iter().enumerate() {
         reporter.check_stop()?;
         reporter.phase(Phase::Caching, done as u64, total);
-        let path = files.join(&item.file);
-        let bytes = std::fs::read(&path).map_err(TrainError::io("read", &path))?;
-        let (picture, _) = data::decode(&bytes).map_err(|mut problem| {
-            problem.detail = format!("{}: {}", item.source, problem.detail);
-            problem
-        })?;
-        let square = picture.width() == picture.height();
-        let crops = if settings.center_crop || square {
-            1
+        let picture = Picture::read(&item, files)?;
+        let placement = buckets.place(item.width, item.height);
+        let mask = if settings.data.masked_loss {
+            picture.mask(&item, files)?
         } else {
-            RANDOM_CROPS
+            None
         };
         let mut variants = Vec::new();
-        for crop in 0..crops {
-            let offset = if crops == 1 {
-                0.5
-            } else {
-                Stream::new(settings.seed, Purpose::Crop, u64::from(item.n) * RANDOM_CROPS + crop).uniform()
-            };
-            for flip in [false, true] {
-                if flip && !settings.random_flip {
-                    continue;
-                }
-                let framing = Framing {
-                    resolution: settings.resolution,
-                    offset,
-                    flip,
-                };
-                let pixels = data::to_tensor(&picture, framing, device)?.unsqueeze(0)?;
+        for framing in framings(&item, placement, settings) {
+            let key = of_vae
+                .clone()
+                .with(picture.sha256)
+                .with(format!("{placement:?} {:?} {}", framing.offset, framing.flip));
+            let found = cache.get(&key, || {
+                let pixels =
+                    data::to_tensor(&data::decode_as(&picture.bytes, &item)?, framing, device)?.unsqueeze(0)?;
                 let posterior = vae.encode(&pixels)?;
-                variants.push(Latents {
-                    mean: posterior.mean.squeeze(0)?.copy()?,
-                    std: posterior.std.squeeze(0)?.copy()?,
-                });
-            }
+                Ok(vec![
+                    posterior.mean.squeeze(0)?.copy()?,
+                    posterior.std.squeeze(0)?.copy()?,
+                ])
+            })?;
+            let [mean, std] = <[Tensor; 2]>::try_from(found).map_err(|found| {
+                Problem::new(
+                    "cache.unreadable",
+                    "The cache holds something else",
+                    format!("{} tensors where two were stored", found.len()),
+                )
+            })?;
+            variants.push(Latents {
+                mean,
+                std,
+                mask: mask
+                    .as_ref()
+                    .map(|mask| data::mask_tensor(mask, framing, base.vae.downscale(), device))
+                    .transpose()?,
+            });
         }
         cached.push(CachedItem {
             variants,
-            caption: item.caption,
+            size: placement.size,
+            caption: settings.data.caption.template(&item.caption, item.is_reg),
+            loss_weight: if item.is_reg {
+                settings.data.prior_loss_weight
+            } else {
+                1.0
+            },
         });
     }
     reporter.phase(Phase::Caching, total, total);
     Ok(cached)
+}
+
+/// The crops and mirror images of one picture. What a cut takes away is the same for the same picture and seed.
+fn framings(item: &Item, placement: Placement, settings: &Settings) -> Vec<Framing> {
+    let crops = if settings.center_crop || placement.fits() {
+        1
+    } else {
+        RANDOM_CROPS
+    };
+    let mut framings = Vec::new();
+    for crop in 0..crops {
+        let offset = if crops == 1 {
+            0.5
+        } else {
+            Stream::new(settings.seed, Purpose::Crop, u64::from(item.n) * RANDOM_CROPS + crop).uniform()
+        };
+        for flip in [false, true] {
+            if !flip || settings.random_flip {
+                framings.push(Framing {
+                    placement,
+                    offset,
+                    flip,
+                });
+            }
+        }
+    }
+    framings
+}
+
+/// A picture's file, read but not decoded.
+struct Picture {
+    bytes: Vec<u8>,
+    /// Of the bytes that are there, not of those that were uploaded.
+    sha256: [u8; 32],
+}
+
+impl Picture {
+    fn read(item: &Item, files: &std::path::Path) -> Result<Self> {
+        let path = files.join(&item.file);
+        let bytes = std::fs::read(&path).map_err(TrainError::io("read", &path))?;
+        Ok(Self {
+            sha256: Sha256::digest(&bytes).into(),
+            bytes,
+        })
+    }
+
+    /// The mask file, or else the picture's own transparency.
+    fn mask(&self, item: &Item, files: &std::path::Path) -> Result<Option<GrayImage>> {
+        let Some(mask) = &item.mask else {
+            return Ok(data::decode_with_alpha(&self.bytes)?.1);
+        };
+        let path = files.join(&mask.file);
+        let bytes = std::fs::read(&path).map_err(TrainError::io("read", &path))?;
+        let (mask, _) = data::decode(&bytes)?;
+        // Red, as in kohya; all three are the same in a grey picture.
+        let red = |x, y| image::Luma([mask.get_pixel(x, y).0[0]]);
+        Ok(Some(GrayImage::from_fn(mask.width(), mask.height(), red)))
+    }
 }

@@ -175,7 +175,7 @@ impl Family for Sd1 {
             warnings.push("The warm-up is as long as the run: the learning rate never reaches its value.".to_owned());
         }
         let text = |name: &str| hyperparameters.get(name).and_then(Value::as_str);
-        let memory = Memory::estimate(
+        let mut memory = Memory::estimate(
             &base,
             if matches!(text("mixed_precision"), Some("fp16" | "bf16")) {
                 2
@@ -186,6 +186,10 @@ impl Family for Sd1 {
             number("resolution"),
             trainable_params,
         )?;
+        if hyperparameters.get("shuffle_caption") == Some(&Value::Bool(true)) {
+            // The text encoder stays.
+            memory.fixed += 4 * parameters(&base, keys::Part::TextEncoder)?;
+        }
         Ok(Plan {
             total_steps,
             batches_per_epoch: items.div_ceil(batch.max(1)),

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::{
+    data::{self, DataConfig},
     diffusion::loss::{self, LossConfig},
     diffusion::schedule::PredictionType,
     lora::init::LoraInit,
@@ -22,6 +23,7 @@ pub fn fields() -> Vec<&'static Field> {
     FIELDS
         .iter()
         .chain(optim::fields::FIELDS)
+        .chain(data::FIELDS)
         .chain(loss::FIELDS)
         .chain(validation::FIELDS)
         .collect()
@@ -233,6 +235,8 @@ pub(super) struct Settings {
     pub(super) max_timestep: u32,
     #[serde(flatten)]
     pub(super) loss: LossConfig,
+    #[serde(flatten)]
+    pub(super) data: DataConfig,
 }
 
 impl Settings {
@@ -349,6 +353,7 @@ pub(super) fn resolve(base: BaseFacts<'_>, given: &Map<String, Value>) -> Result
             ));
         }
     }
+    errors.extend(data::contradictions(given, base.resolution, base.multiple));
     errors.extend(optim::fields::contradictions(given));
     errors.extend(validation::contradictions(given));
     errors.extend(loss::contradictions(given, base.num_train_timesteps));
@@ -368,6 +373,7 @@ pub(super) fn resolve(base: BaseFacts<'_>, given: &Map<String, Value>) -> Result
     if !set("max_train_steps") {
         default("num_epochs", json!(100));
     }
+    data::fill_defaults(&mut map, base.multiple);
     if map["lora_alpha"].is_null() {
         map["lora_alpha"] = json!(map["lora_rank"].as_f64());
     }
@@ -417,7 +423,16 @@ mod tests {
     fn nothing_stays_open_but_the_length_that_was_not_chosen() {
         let map = resolved(&json!({"lora_rank": 4})).unwrap();
         let open: Vec<&String> = map.iter().filter(|(_, v)| v.is_null()).map(|(k, _)| k).collect();
-        assert_eq!(open, ["max_train_steps", "snr_gamma"]);
+        assert_eq!(
+            open,
+            [
+                "max_train_steps",
+                "caption_prefix",
+                "caption_suffix",
+                "trigger_word",
+                "snr_gamma"
+            ]
+        );
         assert_eq!(
             (&map["lora_alpha"], &map["resolution"], &map["num_epochs"]),
             (&json!(4.0), &json!(64), &json!(100))

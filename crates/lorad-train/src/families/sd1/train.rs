@@ -1,10 +1,14 @@
 //! One opened job of this family: the loss, the pictures, the files.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 use candle_core::{Device, Tensor};
 use image::RgbImage;
 use lorad_proto::{
+    dataset::{Item, epoch_samples},
     event::{Level, ResultFile},
     problem::Problem,
     spec::{AttemptSpec, Sampling},
@@ -12,14 +16,15 @@ use lorad_proto::{
 use sha2::{Digest, Sha256};
 
 use super::{
-    cache::{self, CachedItem, Embeddings},
+    cache::{self, CachedItem, Embeddings, TextEncoder},
     schema::Settings,
     unet::UNet2DConditionModel,
     vae::AutoencoderKl,
     weights::{BaseFolder, TensorHead},
 };
 use crate::{
-    Result, data,
+    Result,
+    data::{self, TensorCache},
     diffusion::{ddim::Ddim, loss::LossConfig, sample::sample_latents, schedule::NoiseSchedule},
     export::{self, BaseTraits, ExportJob},
     lora::{AdapterSet, init},
@@ -94,9 +99,13 @@ pub(super) struct Sd1Task {
     scaling_factor: f64,
     schedule: NoiseSchedule,
     items: Vec<CachedItem>,
+    /// What one epoch shows, as indices into `items`.
+    samples: Vec<usize>,
     /// Never trained on.
     held_out: Vec<CachedItem>,
     embeddings: Embeddings,
+    /// Kept if captions are shuffled.
+    text_encoder: Option<TextEncoder>,
     fingerprints: BTreeMap<String, String>,
     device: Device,
 }
@@ -126,7 +135,12 @@ impl Sd1Task {
 
         // Each model is dropped before the next one is loaded; the UNet, the largest, comes last.
         let sampling = &spec.sampling;
-        let mut texts: Vec<String> = items.iter().map(|item| item.caption.clone()).collect();
+        let captions = &settings.data.caption;
+        let mut cache = TensorCache::open(spec.cache.dir.as_deref(), spec.cache.max_bytes, device)?;
+        let mut texts: Vec<String> = items
+            .iter()
+            .map(|item| captions.template(&item.caption, item.is_reg))
+            .collect();
         if settings.caption_dropout > 0.0 {
             texts.push(String::new());
         }
@@ -134,18 +148,34 @@ impl Sd1Task {
             texts.push(sampling.negative_prompt.clone());
             texts.extend(sampling.prompts.iter().cloned());
         }
-        let embeddings = cache::embed(&base, texts, device, reporter)?;
+        let text_encoder = TextEncoder::load(&base, device)?;
+        let embeddings = cache::embed(&text_encoder, texts, &mut cache, reporter)?;
+        let text_encoder = captions.shuffle_caption.then_some(text_encoder);
         let vae = AutoencoderKl::load(&base, device)?;
         let scaling_factor = vae.scaling_factor();
+        let held = held_out(&items, &settings);
+        let trained: Vec<Item> = items
+            .iter()
+            .zip(&held)
+            .filter(|(_, held)| !**held)
+            .map(|(item, _)| item.clone())
+            .collect();
+        let samples = epoch_samples(&trained);
         let items = cache::encode(
+            &base,
             &vae,
             items,
             &spec.dataset.path.join("files"),
             &settings,
-            device,
+            &mut cache,
             reporter,
         )?;
-        let (items, held_out) = hold_out(items, &settings);
+        let (found, made) = cache.counts();
+        if found + made > 0 {
+            reporter.log(Level::Info, &format!("cache: {found} entries found, {made} computed"));
+        }
+        cache.evict();
+        let (items, held_out) = split(items, &held);
         let vae = (!sampling.prompts.is_empty()).then(|| vae.without_encoder());
 
         let adapters = fresh_adapters(&base, &settings, device)?;
@@ -179,8 +209,10 @@ impl Sd1Task {
             scaling_factor,
             schedule,
             items,
+            samples,
             held_out,
             embeddings,
+            text_encoder,
             fingerprints,
             device: device.clone(),
         })
@@ -197,13 +229,31 @@ impl Sd1Task {
         })
     }
 
+    /// The embedding of one sample's caption; a shuffled one is drawn and read now.
+    fn text_of(&self, item: &CachedItem, counter: u64) -> Result<Tensor> {
+        let (seed, settings) = (self.settings.seed, &self.settings);
+        let dropout = settings.caption_dropout;
+        if dropout > 0.0 && Stream::new(seed, Purpose::CaptionDropout, counter).uniform() < dropout {
+            return Ok(self.embedding("")?.clone());
+        }
+        let Some(encoder) = &self.text_encoder else {
+            return Ok(self.embedding(&item.caption)?.clone());
+        };
+        let mut stream = Stream::new(seed, Purpose::CaptionShuffle, counter);
+        let text = settings.data.caption.shuffled(&item.caption, &mut stream);
+        // One text at a time, so that its numbers do not depend on what else is in the micro-batch.
+        let embedding = encoder.encode(&[text])?.pop();
+        embedding.ok_or_else(|| candle_core::Error::Msg("the text encoder gave nothing".to_owned()).into())
+    }
+
     /// Draws everything random of a micro-batch.
     fn inputs(&self, batch: &MicroBatch) -> Result<DenoisingBatch> {
         let seed = self.settings.seed;
         let (mut latents, mut noises, mut timesteps, mut texts) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut weights, mut masks) = (Vec::new(), Vec::new());
         for (&item, &counter) in batch.items.iter().zip(&batch.sample_counters) {
             let stream = |purpose| Stream::new(seed, purpose, counter);
-            let item = &self.items[item];
+            let item = &self.items[self.samples[item]];
             let variant = stream(Purpose::Variant).below(item.variants.len() as u64) as usize;
             let posterior = &item.variants[variant];
             let shape = posterior.mean.shape();
@@ -213,17 +263,21 @@ impl Sd1Task {
             noises.push(self.with_offset(normals(Purpose::Noise)?, counter)?);
             let span = u64::from(self.settings.max_timestep - self.settings.min_timestep);
             timesteps.push(self.settings.min_timestep + stream(Purpose::Timestep).below(span) as u32);
-            let dropped = self.settings.caption_dropout > 0.0
-                && stream(Purpose::CaptionDropout).uniform() < self.settings.caption_dropout;
-            texts.push(self.embedding(if dropped { "" } else { &item.caption })?.clone());
+            texts.push(self.text_of(item, counter)?);
+            weights.push(item.loss_weight);
+            masks.push(posterior.mask.as_ref());
+        }
+        let masks = stack_masks(&masks)?;
+        if weights.iter().all(|w| *w == 1.0) {
+            weights.clear();
         }
         Ok(DenoisingBatch {
             latents: Tensor::stack(&latents, 0)?,
             noise: Tensor::stack(&noises, 0)?,
             timesteps,
             encoder_hidden_states: Tensor::stack(&texts, 0)?,
-            weights: Vec::new(),
-            mask: None,
+            weights,
+            mask: masks,
         })
     }
 
@@ -277,19 +331,39 @@ impl Sd1Task {
     }
 }
 
-/// Splits the items into those to train on and those never trained on, which the seed chooses.
-fn hold_out(items: Vec<CachedItem>, settings: &Settings) -> (Vec<CachedItem>, Vec<CachedItem>) {
-    let n = validation::held_out(settings.validation_fraction, items.len());
-    let chosen = &Stream::new(settings.seed, Purpose::Validation, 0).permutation(items.len())[..n];
+/// Which items are never trained on: the seed chooses among those that are no regularisation images.
+fn held_out(items: &[Item], settings: &Settings) -> Vec<bool> {
+    let plain: Vec<usize> = (0..items.len()).filter(|&i| !items[i].is_reg).collect();
+    let n = validation::held_out(settings.validation_fraction, plain.len());
+    let mut held = vec![false; items.len()];
+    for &i in &Stream::new(settings.seed, Purpose::Validation, 0).permutation(plain.len())[..n] {
+        held[plain[i]] = true;
+    }
+    held
+}
+
+/// The items that are trained on, and the others, those of one size side by side.
+fn split(items: Vec<CachedItem>, held: &[bool]) -> (Vec<CachedItem>, Vec<CachedItem>) {
     let (mut kept, mut held_out) = (Vec::new(), Vec::new());
-    for (i, item) in items.into_iter().enumerate() {
-        if chosen.contains(&i) {
+    for (item, &held) in items.into_iter().zip(held) {
+        if held {
             held_out.push(item);
         } else {
             kept.push(item);
         }
     }
+    held_out.sort_by_key(|item| item.size);
     (kept, held_out)
+}
+
+/// (b, 1, h, w), unless all are `None`; one without a mask counts everywhere.
+fn stack_masks(masks: &[Option<&Tensor>]) -> candle_core::Result<Option<Tensor>> {
+    let Some(like) = masks.iter().flatten().next() else {
+        return Ok(None);
+    };
+    let one = like.ones_like()?;
+    let all: Vec<&Tensor> = masks.iter().map(|mask| mask.unwrap_or(&one)).collect();
+    Tensor::stack(&all, 0).map(Some)
 }
 
 /// Adapters at their start for the modules that the settings choose.
@@ -329,7 +403,13 @@ impl Task for Sd1Task {
     }
 
     fn n_items(&self) -> usize {
-        self.items.len()
+        self.samples.len()
+    }
+
+    fn buckets(&self) -> Vec<usize> {
+        let sizes: BTreeSet<_> = self.items.iter().map(|item| item.size).collect();
+        let number = |item: &CachedItem| sizes.iter().position(|size| *size == item.size).unwrap_or_default();
+        self.samples.iter().map(|&sample| number(&self.items[sample])).collect()
     }
 
     fn fingerprints(&self) -> BTreeMap<String, String> {
@@ -343,7 +423,8 @@ impl Task for Sd1Task {
 
     /// Noise has unit variance, and so have velocities of scaled latents; other losses weight them.
     fn trivial_loss(&self) -> Option<f64> {
-        (self.settings.loss == LossConfig::default()).then_some(1.0)
+        let plain = self.items.iter().all(|item| item.loss_weight == 1.0) && !self.settings.data.masked_loss;
+        (plain && self.settings.loss == LossConfig::default()).then_some(1.0)
     }
 
     fn validate(&self, with_adapter: bool, on_progress: &mut dyn FnMut() -> Result<()>) -> Result<Option<Validation>> {
@@ -354,9 +435,10 @@ impl Task for Sd1Task {
         let items = &self.held_out[..self.held_out.len().min(VALIDATION_ITEMS)];
         let mut sums = [0.0; VALIDATION_BINS];
         for (bin, sum) in sums.iter_mut().enumerate() {
-            for (chunk, items) in items.chunks(self.settings.batch_size).enumerate() {
+            let mut first = 0;
+            let batches = items.chunk_by(|a, b| a.size == b.size);
+            for items in batches.flat_map(|items| items.chunks(self.settings.batch_size)) {
                 on_progress()?;
-                let first = chunk * self.settings.batch_size;
                 let batch = self.validation_batch(items, first, bin)?;
                 // The plain loss, whatever the job trains on: runs with other weights stay comparable.
                 let loss = self.with_adapters(with_adapter, || {
@@ -367,6 +449,7 @@ impl Task for Sd1Task {
                         &batch,
                     )?)
                 })?;
+                first += items.len();
                 *sum += f64::from(loss.detach().to_scalar::<f32>()?) * items.len() as f64;
             }
         }
@@ -433,7 +516,7 @@ impl Task for Sd1Task {
             is_v2: self.base.unet.cross_attention_dim >= 1024,
             v_prediction: self.schedule.prediction_type().as_str() == "v_prediction",
             resolution: self.settings.resolution,
-            n_items: self.items.len(),
+            n_items: self.samples.len(),
         };
         export::write_results(
             dir,

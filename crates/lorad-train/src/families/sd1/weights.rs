@@ -14,6 +14,7 @@ use candle_core::{DType, Device, Tensor};
 use half::slice::HalfFloatSliceExt;
 use lorad_proto::problem::{FieldError, Problem};
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 
 use super::{
     config::{ClipConfig, UNetConfig, VaeConfig, short_name},
@@ -269,6 +270,30 @@ impl WeightFiles {
             }
         }
         Ok(this)
+    }
+
+    /// SHA-256 over every tensor's name, type, shape and bytes.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn content_hash(&self) -> Result<String, Problem> {
+        /// Read at a time.
+        const CHUNK: usize = 1 << 20;
+        let mut hasher = Sha256::new();
+        let mut buffer = vec![0_u8; CHUNK];
+        for (key, tensor) in &self.tensors {
+            hasher.update(format!("{key} {} {:?};", tensor.dtype, tensor.shape));
+            let (path, file) = &self.files[tensor.file];
+            let mut done = 0;
+            while done < tensor.bytes {
+                let n = CHUNK.min(tensor.bytes - done);
+                file.read_exact_at(&mut buffer[..n], tensor.begin + done as u64)
+                    .map_err(|e| unreadable(path, &format!("cannot be read: {e}")))?;
+                hasher.update(&buffer[..n]);
+                done += n;
+            }
+        }
+        Ok(hex::encode(hasher.finalize()))
     }
 
     /// Number of tensors.
