@@ -62,6 +62,10 @@ impl Catalog for TrainerCatalog {
         imp::inspect_base(path)
     }
 
+    fn import_single_file(&self, file: &Path, dir: &Path) -> Result<(), Problem> {
+        imp::import_single_file(file, dir)
+    }
+
     fn resolve(
         &self,
         family: &str,
@@ -174,6 +178,10 @@ mod imp {
         families::inspect_base(path)
     }
 
+    pub(super) fn import_single_file(file: &Path, dir: &Path) -> Result<(), Problem> {
+        families::import_single_file(file, dir)
+    }
+
     pub(super) fn resolve(
         family: &str,
         base: &BaseModelInfo,
@@ -233,6 +241,10 @@ mod imp {
     }
 
     pub(super) fn inspect_base(_: &Path) -> Result<BaseModelInfo, Problem> {
+        Err(not_built())
+    }
+
+    pub(super) fn import_single_file(_: &Path, _: &Path) -> Result<(), Problem> {
         Err(not_built())
     }
 

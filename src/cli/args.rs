@@ -111,8 +111,9 @@ Examples:
 
 `lorad families sd1` lists what --set knows. Ctrl-C saves what has been trained and stops; a second one stops at once.")]
 pub(crate) struct Train {
-    /// Base model: a diffusers folder, or the id of a registered one (`lorad models`).
-    #[arg(long, value_name = "DIR|ID")]
+    /// Base model: a diffusers folder, a checkpoint in one .safetensors file (with tokenizer/ beside it), or the id of a
+    /// registered one (`lorad models`).
+    #[arg(long, value_name = "DIR|FILE|ID")]
     pub(crate) base: String,
     /// Pictures with captions: a folder, or a zip or tar.gz archive.
     #[arg(long, value_name = "DIR|ARCHIVE")]

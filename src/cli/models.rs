@@ -16,6 +16,7 @@ use lorad_proto::{
     problem::Problem,
 };
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 
 use super::{
     Exit,
@@ -77,6 +78,12 @@ pub(crate) fn find(config: &Config) -> Result<Vec<Found>> {
 /// Id and absolute folder of a base: a folder as given, or a model found by its id.
 pub(crate) fn locate(base: &str, settings: &Settings) -> Result<(String, PathBuf)> {
     let given = Path::new(base);
+    if given.is_file() {
+        return Ok((
+            given.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
+            single_file(given, settings)?,
+        ));
+    }
     if given.is_dir() {
         let path = given.canonicalize().with_context(|| format!("find {base}"))?;
         let id = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -99,6 +106,31 @@ pub(crate) fn locate(base: &str, settings: &Settings) -> Result<(String, PathBuf
         "--base {base}: neither a folder nor a known model; known are {}",
         known.join(", ")
     );
+}
+
+/// The folder of a checkpoint in one file: made in the data folder, once per file and state of it.
+fn single_file(file: &Path, settings: &Settings) -> Result<PathBuf> {
+    let file = file
+        .canonicalize()
+        .with_context(|| format!("find {}", file.display()))?;
+    let metadata = fs::metadata(&file).with_context(|| format!("read {}", file.display()))?;
+    let modified = metadata
+        .modified()
+        .ok()
+        .and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
+    let state = format!("{} {} {:?}", file.display(), metadata.len(), modified);
+    let models = config::load(settings, &[])?.storage.data_dir.join("models");
+    let dir = models.join(format!("file-{}", &hex::encode(Sha256::digest(state))[..16]));
+    if !dir.is_dir() {
+        fs::create_dir_all(&models).with_context(|| format!("create {}", models.display()))?;
+        let fresh = tempfile::Builder::new()
+            .prefix(".import-")
+            .tempdir_in(&models)
+            .context("make a working folder")?;
+        TrainerCatalog.import_single_file(&file, fresh.path())?;
+        fs::rename(fresh.keep(), &dir).with_context(|| format!("create {}", dir.display()))?;
+    }
+    dir.canonicalize().with_context(|| format!("find {}", dir.display()))
 }
 
 /// The bundled base, unpacked into the data folder.

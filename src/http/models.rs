@@ -12,6 +12,7 @@ use axum::{
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse as _, Response},
 };
+use lorad_proto::catalog::Catalog;
 use serde::Serialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
@@ -94,7 +95,8 @@ pub(super) async fn get_model(State(app): State<App>, Path(id): Path<String>) ->
 pub(super) struct ModelRequestDto {
     /// A slug: 1 to 64 of `a-z 0-9 . _ -`.
     pub id: String,
-    /// Absolute path of a diffusers folder on the server, under one of `models.roots`.
+    /// Absolute path on the server, under one of `models.roots`: a diffusers folder, or a checkpoint in one .safetensors
+    /// file in the original naming, with `tokenizer/` beside it.
     pub path: String,
     /// Licence note, for people.
     pub licence: Option<String>,
@@ -121,13 +123,20 @@ pub(super) async fn register_model(State(app): State<App>, headers: HeaderMap, b
     let (Some(Ok(id)), Some(path), true) = (id, path, errors.is_empty()) else {
         return Err(ApiError::fields(errors));
     };
-    let path = within_roots(&path, &app.config.models.roots)?;
+    let given = within_roots(&path, &app.config.models.roots)?;
     let catalog = Arc::clone(&app.catalog);
-    let inspected = path.clone();
-    let info = tokio::task::spawn_blocking(move || catalog.inspect_base(&inspected)).await;
-    let info = info
-        .map_err(ApiError::internal)?
-        .map_err(|problem| ApiError::with_problem(Code::BaseModelUnfit, problem))?;
+    let (models, slug) = (app.data.models(), id.to_string());
+    let found = tokio::task::spawn_blocking(move || {
+        let path = if given.is_file() {
+            import(&*catalog, &given, &models, &slug)?
+        } else {
+            given
+        };
+        let info = catalog.inspect_base(&path);
+        info.map(|info| (path, info))
+            .map_err(|problem| ApiError::with_problem(Code::BaseModelUnfit, problem))
+    });
+    let (path, info) = found.await.map_err(ApiError::internal)??;
     let model = Model {
         id,
         kind: ModelKind::Base,
@@ -143,16 +152,32 @@ pub(super) async fn register_model(State(app): State<App>, headers: HeaderMap, b
     Ok((StatusCode::CREATED, location, Json(ModelDto::from(&model))).into_response())
 }
 
+/// Makes a folder under `models` for a checkpoint in one file, whose weights stay where they are.
+fn import(catalog: &dyn Catalog, file: &FsPath, models: &FsPath, slug: &str) -> ApiResult<PathBuf> {
+    std::fs::create_dir_all(models).map_err(ApiError::internal)?;
+    let fresh = tempfile::Builder::new()
+        .prefix(".import-")
+        .tempdir_in(models)
+        .map_err(ApiError::internal)?;
+    catalog
+        .import_single_file(file, fresh.path())
+        .map_err(|problem| ApiError::with_problem(Code::BaseModelUnfit, problem))?;
+    // A name that no bundled or earlier model's folder has.
+    let dir = models.join(format!("{slug}-{}", uuid::Uuid::now_v7().simple()));
+    std::fs::rename(fresh.keep(), &dir).map_err(ApiError::internal)?;
+    Ok(dir)
+}
+
 /// The real path, if it lies under a root. A folder outside and a folder that is not there get the same answer, so that
 /// nothing is learnt about the server's disk.
 fn within_roots(path: &FsPath, roots: &[PathBuf]) -> ApiResult<PathBuf> {
-    let real = path.canonicalize().ok().filter(|real| real.is_dir());
+    let real = path.canonicalize().ok().filter(|real| real.is_dir() || real.is_file());
     let roots: Vec<PathBuf> = roots.iter().filter_map(|root| root.canonicalize().ok()).collect();
     real.filter(|real| roots.iter().any(|root| real.starts_with(root)))
         .ok_or_else(|| {
             ApiError::new(
                 Code::ModelPathNotAllowed,
-                "The folder does not exist under an allowed root.",
+                "The folder or file does not exist under an allowed root.",
             )
         })
 }

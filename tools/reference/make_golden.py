@@ -25,10 +25,11 @@ from transformers.optimization import Adafactor
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+import single_file
 from pipelines import DEMO, GOLDEN, REPO, TARGETS, generator, load_pipeline, make_tiny_sd1, make_tiny_sd2, set_deterministic
 
 PIPELINES = ("tiny-sd1", "tiny-sd2", "demo")
-PARTS = ("model", "optim", "tokens", "text", "vae", "unet", "grads", "ddim", "schedule", "curve", "losses")
+PARTS = ("model", "optim", "tokens", "text", "vae", "unet", "grads", "ddim", "schedule", "curve", "losses", "single")
 
 TEXTS = [
     "",
@@ -545,6 +546,9 @@ def make_all(out: Path, parts: set[str]) -> None:
     set_deterministic(0)
     if "optim" in parts:
         make_optim(out / "optim")
+    if "single" in parts:
+        single_file.golden(out / "single-file")
+        set_deterministic(0)
     for name in PIPELINES:
         here = out / name
         model = DEMO if name == "demo" else here / "model"

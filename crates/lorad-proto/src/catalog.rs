@@ -83,6 +83,12 @@ pub trait Catalog: Send + Sync {
     /// Which file, key or shape does not fit.
     fn inspect_base(&self, path: &Path) -> Result<BaseModelInfo, Problem>;
 
+    /// Makes a model folder in the empty folder `dir` for a checkpoint in one file; the weights stay in `file`.
+    ///
+    /// # Errors
+    /// What is wrong with the file.
+    fn import_single_file(&self, file: &Path, dir: &Path) -> Result<(), Problem>;
+
     /// Checks hyperparameters against the family's schema and the base, and fills in every default.
     ///
     /// # Errors

@@ -29,6 +29,12 @@ pub trait Family: Sync {
     /// that names file, key and shape.
     fn inspect_base(&self, dir: &Path) -> Result<Option<BaseModelInfo>, Problem>;
 
+    /// Makes a base's folder in the empty folder `dir` for a checkpoint in one file, whose weights stay where they are.
+    ///
+    /// # Errors
+    /// A file that is no checkpoint of this family, or that cannot be read.
+    fn import_single_file(&self, file: &Path, dir: &Path) -> Result<(), Problem>;
+
     /// Fills in defaults and checks everything, all errors at once; pointers like `/lora_rank`.
     fn resolve(&self, base: &BaseModelInfo, given: &Map<String, Value>) -> Result<Map<String, Value>, Vec<FieldError>>;
 

@@ -36,6 +36,32 @@ pub fn run_attempt(spec: &AttemptSpec, reporter: &dyn Reporter) -> WorkerEvent {
     }
 }
 
+/// Makes a base's folder in the empty folder `dir` for a checkpoint in one file, asking each family in turn.
+///
+/// # Errors
+/// `base_model.pickle` for a Python pickle, or what the last family found wrong.
+pub fn import_single_file(file: &Path, dir: &Path) -> Result<(), Problem> {
+    if file.extension().is_none_or(|e| e != "safetensors") {
+        return Err(Problem::new(
+            "base_model.pickle",
+            "The checkpoint is not a safetensors file",
+            format!(
+                "{} is not named .safetensors; Python pickles can run code and are never opened.",
+                file.display()
+            ),
+        )
+        .with_hint("Get the safetensors version of this model."));
+    }
+    let mut result = Ok(());
+    for family in FAMILIES {
+        result = family.import_single_file(file, dir);
+        if result.is_ok() {
+            break;
+        }
+    }
+    result
+}
+
 /// What the base model in `dir` is, asking each family in turn.
 ///
 /// # Errors

@@ -6,6 +6,7 @@ pub mod config;
 pub mod keys;
 mod resnet;
 pub mod schema;
+mod single;
 pub mod tokenizer;
 pub mod train;
 pub mod unet;
@@ -110,11 +111,15 @@ impl Family for Sd1 {
         });
         Ok(Some(BaseModelInfo {
             family: self.id().to_owned(),
-            bytes: weight_bytes(dir),
+            bytes: weight_bytes(&base)?,
             resolution: u32::try_from(base.unet.sample_size * base.vae.downscale()).unwrap_or(u32::MAX),
             prediction_type: schedule.prediction_type().as_str().to_owned(),
             details: details.as_object().cloned().unwrap_or_default(),
         }))
+    }
+
+    fn import_single_file(&self, file: &Path, dir: &Path) -> Result<(), Problem> {
+        single::make_skeleton(file, dir)
     }
 
     fn resolve(&self, base: &BaseModelInfo, given: &Map<String, Value>) -> Result<Map<String, Value>, Vec<FieldError>> {
@@ -242,15 +247,22 @@ fn parameters(base: &BaseFolder, part: keys::Part) -> Result<u64, Problem> {
 }
 
 /// Bytes of all weight files of a base.
-fn weight_bytes(dir: &Path) -> u64 {
-    keys::Part::ALL
+fn weight_bytes(base: &BaseFolder) -> Result<u64, Problem> {
+    if base.is_single_file() {
+        return keys::Part::ALL
+            .iter()
+            .map(|part| Ok(base.weights(*part)?.bytes()))
+            .sum();
+    }
+    let bytes = keys::Part::ALL
         .iter()
-        .filter_map(|part| fs::read_dir(dir.join(part.folder())).ok())
+        .filter_map(|part| fs::read_dir(base.dir.join(part.folder())).ok())
         .flat_map(Iterator::flatten)
         .filter(|entry| entry.path().extension().is_some_and(|e| e == "safetensors"))
         .filter_map(|entry| entry.metadata().ok())
         .map(|metadata| metadata.len())
-        .sum()
+        .sum();
+    Ok(bytes)
 }
 
 /// Memory of training, roughly, in bytes.

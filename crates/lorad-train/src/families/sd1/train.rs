@@ -121,6 +121,15 @@ impl Sd1Task {
         })?;
         let base = BaseFolder::open(&spec.base_model.path)?;
         base.check()?;
+        if spec.export.merged_pipeline && base.is_single_file() {
+            return Err(Problem::new(
+                "export.single_file_base",
+                "The pipeline cannot be merged",
+                "The base model is a checkpoint in one file; a merged pipeline is made from a diffusers folder only.",
+            )
+            .with_hint("Leave export.merged_pipeline off, or use the model as a diffusers folder.")
+            .into());
+        }
         let mut schedule =
             NoiseSchedule::from_config(&base.scheduler_config())?.with_prediction_type(settings.prediction_type);
         if settings.zero_terminal_snr {

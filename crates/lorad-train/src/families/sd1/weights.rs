@@ -19,6 +19,7 @@ use sha2::{Digest, Sha256};
 use super::{
     config::{ClipConfig, UNetConfig, VaeConfig, short_name},
     keys::{self, Part},
+    single,
     tokenizer::ClipTokenizer,
 };
 use crate::nn::{ExpectedTensor, TensorSource};
@@ -92,6 +93,11 @@ impl BaseFolder {
         .with_errors(errors))
     }
 
+    /// Whether the weights lie in a checkpoint elsewhere, see [`super::single`].
+    pub fn is_single_file(&self) -> bool {
+        self.dir.join(single::POINTER).is_file()
+    }
+
     /// `scheduler/scheduler_config.json`.
     pub fn scheduler_config(&self) -> PathBuf {
         self.dir.join("scheduler/scheduler_config.json")
@@ -120,7 +126,10 @@ impl BaseFolder {
     /// # Errors
     /// No file, only pickles, or a header that does not fit its file.
     pub fn weights(&self, part: Part) -> Result<WeightFiles, Problem> {
-        WeightFiles::open(&self.dir.join(part.folder()), part)
+        match single::weights_of(&self.dir)? {
+            Some(file) => WeightFiles::open_single(file, part),
+            None => WeightFiles::open(&self.dir.join(part.folder()), part),
+        }
     }
 
     /// Every tensor of every part, in order, with its shape and its first bytes: what tells one base from another without
@@ -225,14 +234,34 @@ struct Fault {
     detail: String,
 }
 
+/// Where a tensor lies.
 #[derive(Debug, Clone)]
-struct StoredTensor {
+pub(super) struct StoredTensor {
     file: usize,
     dtype: String,
-    shape: Vec<usize>,
+    pub(super) shape: Vec<usize>,
     /// Absolute offset in the file.
     begin: u64,
     bytes: usize,
+}
+
+impl StoredTensor {
+    /// Part `i` of the `n` equal parts of its rows.
+    pub(super) fn rows(&self, i: usize, n: usize) -> Self {
+        let mut part = self.clone();
+        part.bytes = self.bytes / n;
+        part.begin += (i * part.bytes) as u64;
+        if let Some(rows) = part.shape.first_mut() {
+            *rows /= n;
+        }
+        part
+    }
+}
+
+/// The tensors of one safetensors file, by the names that it uses.
+pub(super) fn read_single(path: &Path) -> Result<Vec<(String, StoredTensor)>, Problem> {
+    let file = File::open(path).map_err(|e| unreadable(path, &e.to_string()))?;
+    read_header(path, &file, 0)
 }
 
 /// The safetensors files of one part, headers read.
@@ -294,6 +323,22 @@ impl WeightFiles {
             }
         }
         Ok(hex::encode(hasher.finalize()))
+    }
+
+    /// One part of a checkpoint in the original naming.
+    fn open_single(path: PathBuf, part: Part) -> Result<Self, Problem> {
+        let file = File::open(&path).map_err(|e| unreadable(&path, &e.to_string()))?;
+        let today = single::to_diffusers(part, &read_header(&path, &file, 0)?);
+        let keys: Vec<&str> = today.iter().map(|(key, _)| key.as_str()).collect();
+        let names = keys::canonical(part, &keys);
+        let tensors = names
+            .into_iter()
+            .zip(&today)
+            .filter_map(|(name, (_, tensor))| Some((name?, tensor.clone())));
+        Ok(Self {
+            tensors: tensors.collect(),
+            files: vec![(path, file)],
+        })
     }
 
     /// Number of tensors.
