@@ -321,6 +321,7 @@ pub fn ingest(
         Some(InspectRequest {
             file: raw.path.clone(),
             thumbnail: None,
+            max_pixels: limits.max_pixels,
         })
     }));
     let verdicts = inspector.inspect(&requests).map_err(IngestError::Inspector)?;
