@@ -136,6 +136,7 @@ fn attempt(family: &dyn Family, spec: &AttemptSpec, reporter: &dyn Reporter, rea
     run.origin = Some(run.snapshot()?);
 
     // --- train ---
+    let trivial_loss = task.trivial_loss();
     while run.state.step < total_steps && !run.out_of_patience() {
         if let Some(stopped) = run.obey(reporter.command())? {
             return Ok(stopped);
@@ -179,7 +180,7 @@ fn attempt(family: &dyn Family, spec: &AttemptSpec, reporter: &dyn Reporter, rea
             extra,
         }));
         let loss = outcome.applied.then_some(outcome.loss);
-        let verdict = run.state.health.observe(step, loss, task.trivial_loss());
+        let verdict = run.state.health.observe(step, loss, trivial_loss);
         if verdict != Verdict::Healthy {
             run.rescue(step, lr, verdict)?;
             *reached = run.state.step;
@@ -337,9 +338,9 @@ impl<'a> Run<'a> {
         if let Some(ema) = &mut self.ema {
             ema.load(&self.stepper.optimizer, &snapshot.optimizer)?;
         }
-        if snapshot.state.validation.as_ref().is_some_and(|v| v.best_step > 0) {
-            self.best = Some(self.stepper.optimizer.layout().join(BEST, &snapshot.optimizer)?);
-        }
+        let has_best = snapshot.state.validation.as_ref().is_some_and(|v| v.best_step > 0);
+        let best = has_best.then(|| self.stepper.optimizer.layout().join(BEST, &snapshot.optimizer));
+        self.best = best.transpose()?;
         self.state = snapshot.state;
         Ok(())
     }

@@ -385,6 +385,20 @@ fn the_schedule_equals_diffusers() {
     }
 }
 
+/// Every value of the output, then of every adapter tensor's gradient.
+fn output_and_gradients(unet: &UNet2DConditionModel, set: &AdapterSet, t: &HashMap<String, Tensor>) -> Vec<f64> {
+    let out = unet
+        .forward(&t["sample"], &t["timesteps"], &t["encoder_hidden_states"])
+        .unwrap();
+    let loss = (&out - &t["target"]).unwrap().sqr().unwrap().mean_all().unwrap();
+    let grads = loss.backward().unwrap();
+    let mut all = values(&out);
+    for (_, var) in set.named_vars() {
+        all.extend(values(grads.get(var.as_tensor()).unwrap()));
+    }
+    all
+}
+
 #[test]
 fn the_number_of_threads_does_not_change_a_bit() {
     let t = tensors("demo", "grads-attention");
@@ -397,18 +411,7 @@ fn the_number_of_threads_does_not_change_a_bit() {
     let unet = UNet2DConditionModel::load(&base("demo"), &CPU, &set).unwrap();
     let run = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| {
-            let out = unet
-                .forward(&t["sample"], &t["timesteps"], &t["encoder_hidden_states"])
-                .unwrap();
-            let loss = (&out - &t["target"]).unwrap().sqr().unwrap().mean_all().unwrap();
-            let grads = loss.backward().unwrap();
-            let mut all = values(&out);
-            for (_, var) in set.named_vars() {
-                all.extend(values(grads.get(var.as_tensor()).unwrap()));
-            }
-            all
-        })
+        pool.install(|| output_and_gradients(&unet, &set, &t))
     };
     let one = run(1);
     assert_eq!(one, run(3));
@@ -429,16 +432,7 @@ fn gradient_checkpointing_does_not_change_a_bit() {
         let unet = UNet2DConditionModel::load(&base(case), &CPU, &set).unwrap();
         let run = |checkpointing: bool| {
             unet.set_gradient_checkpointing(checkpointing);
-            let out = unet
-                .forward(&t["sample"], &t["timesteps"], &t["encoder_hidden_states"])
-                .unwrap();
-            let loss = (&out - &t["target"]).unwrap().sqr().unwrap().mean_all().unwrap();
-            let grads = loss.backward().unwrap();
-            let mut all = values(&out);
-            for (_, var) in set.named_vars() {
-                all.extend(values(grads.get(var.as_tensor()).unwrap()));
-            }
-            all
+            output_and_gradients(&unet, &set, &t)
         };
         assert_eq!(run(false), run(true), "{case} {preset}");
     }

@@ -4,97 +4,30 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[allow(dead_code)]
+#[path = "support/attempt.rs"]
+mod attempt;
+#[allow(dead_code)]
 mod support;
 
 use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
-    sync::Mutex,
 };
 
+use attempt::{Recorder, run, write_items};
 use lorad_proto::{
-    PROTOCOL_VERSION,
-    command::Command,
     dataset::Item,
     event::{StopReason, WorkerEvent},
-    spec::{AttemptSpec, BaseModelRef, DatasetRef, Export, Sampling},
+    spec::AttemptSpec,
 };
-use lorad_train::{families, task::Reporter};
+use lorad_train::families;
 use serde_json::{Value, json};
 
-/// Pauses after a step, if told to, and keeps every event.
-#[derive(Default)]
-struct Recorder {
-    events: Mutex<Vec<WorkerEvent>>,
-    pause_after: Option<u64>,
-}
-
-impl Recorder {
-    /// Codes of alerts, in order.
-    fn alerts(&self) -> Vec<String> {
-        let events = self.events.lock().unwrap();
-        let code = |e: &WorkerEvent| match e {
-            WorkerEvent::Alert { code, .. } => Some(code.clone()),
-            _ => None,
-        };
-        events.iter().filter_map(code).collect()
-    }
-
-    /// Learning rate of every step, in order.
-    fn learning_rates(&self) -> Vec<f64> {
-        let events = self.events.lock().unwrap();
-        let lr = |e: &WorkerEvent| match e {
-            WorkerEvent::Step(m) => Some(m.lr),
-            _ => None,
-        };
-        events.iter().filter_map(lr).collect()
-    }
-
-    /// Step and loss of every validation.
-    fn validations(&self) -> Vec<(u64, f64)> {
-        let events = self.events.lock().unwrap();
-        let loss = |e: &WorkerEvent| match e {
-            WorkerEvent::Step(m) => m.extra.get("validation_loss").map(|loss| (m.step, *loss)),
-            _ => None,
-        };
-        events.iter().filter_map(loss).collect()
-    }
-
-    fn steps(&self) -> Vec<(u64, f64)> {
-        let events = self.events.lock().unwrap();
-        let step = |e: &WorkerEvent| match e {
-            WorkerEvent::Step(m) => Some((m.step, m.loss.unwrap())),
-            _ => None,
-        };
-        events.iter().filter_map(step).collect()
-    }
-
-    /// Whether a log line holds `text`.
-    fn said(&self, text: &str) -> bool {
-        let events = self.events.lock().unwrap();
-        let found = |e: &WorkerEvent| matches!(e, WorkerEvent::Log { message, .. } if message.contains(text));
-        events.iter().any(found)
-    }
-}
-
-impl Reporter for Recorder {
-    fn emit(&self, event: WorkerEvent) {
-        self.events.lock().unwrap().push(event);
-    }
-
-    fn command(&self) -> Command {
-        match self.pause_after {
-            Some(step) if self.steps().last().is_some_and(|(s, _)| *s >= step) => Command::Pause,
-            _ => Command::None,
-        }
-    }
-}
-
 /// Five pictures, one of them not square, so that the last window of an epoch is smaller and crops are random.
-fn dataset(dir: &Path) -> DatasetRef {
+fn dataset(dir: &Path) -> PathBuf {
     fs::create_dir_all(dir.join("files")).unwrap();
-    let items: Vec<String> = (0..5_u32)
+    let items: Vec<Item> = (0..5_u32)
         .map(|n| {
             let (width, height) = if n == 4 { (96, 64) } else { (64, 64) };
             let picture = image::RgbImage::from_fn(width, height, |x, y| {
@@ -102,7 +35,7 @@ fn dataset(dir: &Path) -> DatasetRef {
             });
             let file = format!("{n:05}.png");
             picture.save(dir.join("files").join(&file)).unwrap();
-            let item = Item {
+            Item {
                 n,
                 source: file.clone(),
                 file,
@@ -112,15 +45,11 @@ fn dataset(dir: &Path) -> DatasetRef {
                 bytes: 1,
                 sha256: format!("{n:064}"),
                 ..Item::default()
-            };
-            serde_json::to_string(&item).unwrap()
+            }
         })
         .collect();
-    fs::write(dir.join("items.jsonl"), items.join("\n") + "\n").unwrap();
-    DatasetRef {
-        id: "ds_run".to_owned(),
-        path: dir.to_owned(),
-    }
+    write_items(dir, &items);
+    dir.to_owned()
 }
 
 fn spec(root: &Path, name: &str, changes: &Value) -> AttemptSpec {
@@ -128,7 +57,6 @@ fn spec(root: &Path, name: &str, changes: &Value) -> AttemptSpec {
 }
 
 fn spec_on(base: &str, root: &Path, name: &str, changes: &Value) -> AttemptSpec {
-    let base = support::base_folder(base).canonicalize().unwrap();
     let mut given = json!({
         "lora_rank": 2, "learning_rate": 1e-2, "max_train_steps": 8, "batch_size": 2, "gradient_accumulation_steps": 2,
         "lr_scheduler": "cosine", "lr_warmup_steps": 1, "random_flip": true, "caption_dropout": 0.2,
@@ -137,42 +65,7 @@ fn spec_on(base: &str, root: &Path, name: &str, changes: &Value) -> AttemptSpec 
     for (key, value) in changes.as_object().unwrap() {
         given[key] = value.clone();
     }
-    let info = families::inspect_base(&base).unwrap();
-    AttemptSpec {
-        protocol: PROTOCOL_VERSION,
-        job_id: "job_run".to_owned(),
-        job_name: "run".to_owned(),
-        attempt: 1,
-        family: "sd1".to_owned(),
-        hyperparameters: families::by_id("sd1")
-            .unwrap()
-            .resolve(&info, given.as_object().unwrap())
-            .unwrap(),
-        base_model: BaseModelRef {
-            id: "tiny".to_owned(),
-            path: base,
-        },
-        dataset: dataset(&root.join("dataset")),
-        sampling: Sampling::default(),
-        export: Export::default(),
-        device: "cpu".to_owned(),
-        threads: None,
-        cache: lorad_proto::spec::Cache::default(),
-        attempt_dir: root.join(name),
-        resume_from: None,
-    }
-}
-
-fn run(spec: &AttemptSpec, reporter: &Recorder) -> WorkerEvent {
-    fs::create_dir_all(&spec.attempt_dir).unwrap();
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().stack_size(256 << 20);
-        thread
-            .spawn_scoped(scope, || families::run_attempt(spec, reporter))
-            .unwrap()
-            .join()
-            .unwrap()
-    })
+    attempt::spec(base, &dataset(&root.join("dataset")), root.join(name), &given)
 }
 
 fn adapter_bytes(spec: &AttemptSpec) -> Vec<u8> {
@@ -203,8 +96,8 @@ fn an_interrupted_run_continues_to_the_byte_identical_adapter() {
         second.resume_from = Some(first.attempt_dir.join(format!("checkpoints/{pause:08}")));
         let second_log = Recorder::default();
         assert!(matches!(run(&second, &second_log), WorkerEvent::Done { .. }));
-        let steps: Vec<_> = [first_log.steps(), second_log.steps()].concat();
-        assert_eq!(steps, straight_log.steps(), "paused after step {pause}");
+        let steps: Vec<_> = [first_log.losses(), second_log.losses()].concat();
+        assert_eq!(steps, straight_log.losses(), "paused after step {pause}");
         assert!(
             adapter_bytes(&second) == expected,
             "paused after step {pause}: the adapters differ"
@@ -367,7 +260,7 @@ fn four_micro_batches_of_two_equal_one_batch_of_eight() {
         let spec = spec(root.path(), name, &changes);
         let log = Recorder::default();
         assert!(matches!(run(&spec, &log), WorkerEvent::Done { .. }));
-        log.steps()
+        log.losses()
     };
     let (parts, whole) = (losses("parts", 2, 4), losses("whole", 8, 1));
     assert_eq!((parts.len(), whole.len()), (8, 8));
@@ -383,7 +276,7 @@ fn losses_with_half_weights_stay_within_a_hundredth() {
         let spec = spec(root.path(), precision, &json!({"mixed_precision": precision}));
         let log = Recorder::default();
         assert!(matches!(run(&spec, &log), WorkerEvent::Done { .. }));
-        log.steps()
+        log.losses()
     };
     let exact = losses("no");
     for precision in ["fp16", "bf16"] {
@@ -403,7 +296,7 @@ fn checkpoints_come_when_due_and_only_the_newest_stay() {
     let spec = spec(root.path(), "kept", &changes);
     let log = Recorder::default();
     assert!(matches!(run(&spec, &log), WorkerEvent::Done { .. }));
-    assert_eq!(log.steps().len(), 6, "three epochs of two windows");
+    assert_eq!(log.losses().len(), 6, "three epochs of two windows");
     let mut left: Vec<PathBuf> = fs::read_dir(spec.attempt_dir.join("checkpoints"))
         .unwrap()
         .map(|e| e.unwrap().path())
@@ -458,7 +351,7 @@ fn an_over_trained_run_publishes_its_best_adapter_and_stops_early() {
     let stopped = spec(root.path(), "stopped", &patient);
     let stopped_log = Recorder::default();
     assert!(matches!(run(&stopped, &stopped_log), WorkerEvent::Done { .. }));
-    let end = stopped_log.steps().last().unwrap().0;
+    let end = stopped_log.losses().last().unwrap().0;
     assert!(end < 60 && stopped_log.alerts().contains(&"training.stopped_early".to_owned()));
     let pause_after = end - 3;
     let first = spec(root.path(), "first", &patient);
@@ -474,7 +367,7 @@ fn an_over_trained_run_publishes_its_best_adapter_and_stops_early() {
     let second_log = Recorder::default();
     let second_end = run(&second, &second_log);
     assert!(matches!(second_end, WorkerEvent::Done { .. }), "{second_end:?}");
-    assert_eq!(second_log.steps().last().unwrap().0, end);
+    assert_eq!(second_log.losses().last().unwrap().0, end);
     assert!(adapter_bytes(&second) == adapter_bytes(&stopped));
 }
 
@@ -509,7 +402,7 @@ fn a_run_that_explodes_rescues_itself() {
     let rates = log.learning_rates();
     let factor = 0.5_f64.powi(rescues as i32);
     assert_eq!((rates[0], *rates.last().unwrap()), (rate, rate * factor));
-    assert_eq!(log.steps().last().unwrap().0, 30);
+    assert_eq!(log.losses().last().unwrap().0, 30);
 
     let (end, log) = run_at("hopeless", 0.8, true);
     let WorkerEvent::Failed { problem } = end else {

@@ -24,14 +24,51 @@ pub(crate) struct Recorder {
     pub(crate) pause_after: Option<u64>,
 }
 
+#[allow(dead_code)]
 impl Recorder {
-    pub(crate) fn losses(&self) -> Vec<(u64, f64)> {
-        let events = self.events.lock().unwrap();
-        let step = |e: &WorkerEvent| match e {
-            WorkerEvent::Step(m) => Some((m.step, m.loss.unwrap())),
+    /// Codes of alerts, in order.
+    pub(crate) fn alerts(&self) -> Vec<String> {
+        self.pick(|e| match e {
+            WorkerEvent::Alert { code, .. } => Some(code.clone()),
+            _ => None,
+        })
+    }
+
+    /// Learning rate of every step, in order.
+    pub(crate) fn learning_rates(&self) -> Vec<f64> {
+        self.pick(|e| match e {
+            WorkerEvent::Step(m) => Some(m.lr),
+            _ => None,
+        })
+    }
+
+    /// Step and loss of every validation.
+    pub(crate) fn validations(&self) -> Vec<(u64, f64)> {
+        self.pick(|e| match e {
+            WorkerEvent::Step(m) => m.extra.get("validation_loss").map(|loss| (m.step, *loss)),
+            _ => None,
+        })
+    }
+
+    /// Whether a log line holds `text`.
+    pub(crate) fn said(&self, text: &str) -> bool {
+        let found = |e: &WorkerEvent| match e {
+            WorkerEvent::Log { message, .. } => message.contains(text).then_some(()),
             _ => None,
         };
-        events.iter().filter_map(step).collect()
+        !self.pick(found).is_empty()
+    }
+
+    fn pick<T>(&self, what: impl Fn(&WorkerEvent) -> Option<T>) -> Vec<T> {
+        self.events.lock().unwrap().iter().filter_map(what).collect()
+    }
+
+    /// Step and loss of every step.
+    pub(crate) fn losses(&self) -> Vec<(u64, f64)> {
+        self.pick(|e| match e {
+            WorkerEvent::Step(m) => Some((m.step, m.loss.unwrap())),
+            _ => None,
+        })
     }
 }
 

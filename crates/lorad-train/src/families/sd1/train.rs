@@ -276,17 +276,13 @@ impl Sd1Task {
             weights.push(item.loss_weight);
             masks.push(posterior.mask.as_ref());
         }
-        let masks = stack_masks(&masks)?;
-        if weights.iter().all(|w| *w == 1.0) {
-            weights.clear();
-        }
         Ok(DenoisingBatch {
             latents: Tensor::stack(&latents, 0)?,
             noise: Tensor::stack(&noises, 0)?,
             timesteps,
             encoder_hidden_states: Tensor::stack(&texts, 0)?,
             weights,
-            mask: masks,
+            mask: stack_masks(&masks)?,
         })
     }
 
