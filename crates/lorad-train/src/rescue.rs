@@ -15,12 +15,8 @@ const SMOOTHING: f64 = 0.02;
 const SETTLED: u64 = 50;
 /// The smoothed loss may be so many times its minimum.
 const EXPLODED: f64 = 4.0;
-/// Until it has settled it may be so many times the largest of the first losses, which the base model made.
-const EXPLODED_EARLY: f64 = 6.0;
 /// A first loss below this share of [`Health::observe`]'s `trivial` one is a model that knows something.
 const SKILLED: f64 = 0.8;
-/// Steps whose losses are the base model's, nearly.
-const FIRST: u64 = 3;
 /// Steps before which nothing is judged.
 const LEAST: u64 = 8;
 /// Up to this share of what would be an explosion the smoothed loss is calm: a checkpoint from then is worth going back to.
@@ -36,8 +32,6 @@ pub struct Health {
     average: f64,
     /// The first loss: the base model's, before any step.
     base: f64,
-    /// Largest of the first losses.
-    first: f64,
     /// Least smoothed loss once settled; 0: not yet.
     lowest: f64,
     /// Newest step at which all was well.
@@ -74,18 +68,13 @@ impl Health {
         if self.seen == 1 {
             self.base = loss;
         }
-        if self.seen <= FIRST {
-            self.first = self.first.max(loss);
-        }
-        let (reference, limit) = if self.seen > SETTLED {
-            (self.lowest, EXPLODED)
-        } else {
-            (self.first, EXPLODED_EARLY)
-        };
+        // The first losses are no measure: a few timesteps that happen to be easy would make every later loss an explosion.
+        let settled = self.seen > SETTLED;
+        let relative = if settled { EXPLODED * self.lowest } else { f64::INFINITY };
         let trivial = trivial.filter(|trivial| self.base < SKILLED * trivial);
-        let limit = (limit * reference).min(trivial.unwrap_or(f64::INFINITY));
+        let limit = relative.min(trivial.unwrap_or(f64::INFINITY));
         if self.seen >= LEAST && smoothed > limit {
-            let reference = reference.min(limit);
+            let reference = if settled { self.lowest } else { self.base };
             return Verdict::Exploded { smoothed, reference };
         }
         if self.seen >= SETTLED && (self.lowest == 0.0 || smoothed < self.lowest) {
@@ -121,19 +110,19 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
-        /// No false alarm in 5,000 steps of batch 1 whose mean loss does not change.
+        /// No false alarm in 5,000 steps of batch 4 whose mean loss does not change.
         #[test]
         fn the_noise_of_timesteps_is_no_explosion(seed in any::<u64>()) {
             let mut stream = Stream::new(seed, Purpose::Timestep, 0);
-            let mut health = Health::default();
-            // The first losses of a batch of one may all be small by chance; of a batch of four they are not.
+            let (mut health, mut unjudged) = (Health::default(), Health::default());
             for step in 1..=5000 {
                 let loss = (0..4).map(|_| noisy(&mut stream)).sum::<f64>() / 4.0;
                 prop_assert_eq!(health.observe(step, Some(loss), Some(1.0)), Verdict::Healthy, "step {}", step);
+                prop_assert_eq!(unjudged.observe(step, Some(loss), None), Verdict::Healthy, "step {}", step);
             }
         }
 
-        /// Once settled; before that only [`EXPLODED_EARLY`] and the trivial loss are there to compare with.
+        /// Once settled; before that only the trivial loss is there to compare with.
         #[test]
         fn a_settled_loss_that_rises_tenfold_is_noticed_within_sixty_steps(seed in any::<u64>(), calm in SETTLED + 10..400) {
             let mut stream = Stream::new(seed, Purpose::Timestep, 0);
@@ -151,6 +140,17 @@ mod tests {
             let noticed = noticed.unwrap_or_default();
             prop_assert!(noticed > calm && noticed <= calm + 60, "calm until {}, noticed at {}", calm, noticed);
             prop_assert!(health.calm_step <= calm + 20, "{:?}", health);
+        }
+    }
+
+    /// Three easy timesteps, then ordinary ones.
+    #[test]
+    fn first_losses_that_happen_to_be_small_make_no_explosion_of_the_rest() {
+        for trivial in [None, Some(1.0)] {
+            let mut health = Health::default();
+            let healthy =
+                |step| health.observe(step, Some(if step <= 3 { 0.03 } else { 0.3 }), trivial) == Verdict::Healthy;
+            assert!((1..=200).all(healthy));
         }
     }
 
