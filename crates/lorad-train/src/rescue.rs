@@ -80,7 +80,13 @@ impl Health {
         if self.seen >= SETTLED && (self.lowest == 0.0 || smoothed < self.lowest) {
             self.lowest = smoothed;
         }
-        if smoothed <= (CALM * limit).max(self.base) {
+        // A base model may begin close to the trivial loss; but one loss is too noisy to be a measure for longer.
+        let calm = if settled {
+            CALM * limit
+        } else {
+            (CALM * limit).max(self.base)
+        };
+        if smoothed <= calm {
             self.calm_step = step;
         }
         Verdict::Healthy
