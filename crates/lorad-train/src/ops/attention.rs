@@ -5,6 +5,7 @@ use rayon::prelude::*;
 
 use super::{
     attach::{Value, attach, saved, with_values},
+    buffer::room,
     composed,
     gemm::{Into, matmul},
     math::{dot, exp, sum, vectorized},
@@ -124,7 +125,7 @@ impl Sizes {
         );
         let mut p = Vec::new();
         self.probabilities(self.head(q, i, self.lq, rows.clone()), k, rows.clone(), &mut p);
-        let mut y = vec![0.0; rows.len() * self.d];
+        let mut y = room(rows.len() * self.d);
         matmul(
             &mut y,
             self.d,
@@ -141,7 +142,7 @@ impl Sizes {
         let Self { lq, lk, d, .. } = *self;
         let scale = (d as f32).powf(-0.5);
         let (k, v) = (self.head(k, i, lk, 0..lk), self.head(v, i, lk, 0..lk));
-        let (mut dq, mut dk, mut dv) = (vec![0.0; lq * d], vec![0.0; lk * d], vec![0.0; lk * d]);
+        let (mut dq, mut dk, mut dv) = (room(lq * d), vec![0.0; lk * d], vec![0.0; lk * d]);
         let (mut p, mut dp) = (Vec::new(), Vec::new());
         for start in (0..lq).step_by(QUERY_ROWS) {
             let rows = start..lq.min(start + QUERY_ROWS);
@@ -162,7 +163,7 @@ impl Sizes {
     /// Per-head `(l, d)` parts to `(b, l, heads * d)`.
     fn interleave(&self, parts: &[Vec<f32>], l: usize) -> Vec<f32> {
         let (d, c) = (self.d, self.heads * self.d);
-        let mut out = vec![0.0; parts.len() * l * d];
+        let mut out = room(parts.len() * l * d);
         out.par_chunks_mut(l * c)
             .zip(parts.par_chunks(self.heads))
             .for_each(|(out, parts)| {

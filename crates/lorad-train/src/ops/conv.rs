@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::{
     attach::{Value, attach, saved, with_values},
+    buffer::room,
     composed,
     gemm::{Start, multiply},
     packed::{Mat, Operand, Packed, WeightType},
@@ -237,7 +238,7 @@ impl FrozenConv2d {
         let Place::Cpu { weight, .. } = &self.0.place else {
             return Vec::new();
         };
-        let mut y = vec![0.0; plan.batch * plan.output.0 * plan.output.1 * self.0.out_channels];
+        let mut y = room(plan.batch * plan.output.0 * plan.output.1 * self.0.out_channels);
         if let Some(pictures) = plan.for_winograd(weight.plain()) {
             convolve(&mut y, x, pictures, weight.plain(), false, start, residual);
             return y;
@@ -259,7 +260,7 @@ impl FrozenConv2d {
             return Vec::new();
         };
         let (k, n) = (self.0.in_channels, self.0.out_channels);
-        let mut dx = vec![0.0; plan.batch * plan.input.0 * plan.input.1 * k];
+        let mut dx = room(plan.batch * plan.input.0 * plan.input.1 * k);
         if let Some(pictures) = plan.for_winograd(weight.swapped(9)) {
             convolve(&mut dx, g, pictures, weight.swapped(9), true, Start::Zero, None);
             return dx;

@@ -1,35 +1,36 @@
 //! Matrix products of the CPU ops: rows that lie anywhere times a frozen matrix packed once.
 //!
-//! The kernel keeps a tile of 6 rows by 16 columns in registers and walks a block of the inner dimension; the block's weights,
+//! A kernel ([`super::kernel`]) keeps a tile of sums in registers and walks a block of the inner dimension; the block's weights,
 //! unpacked where they are transposed or half ([`super::packed`]), and the rows that meet them stay in the caches. Its left operand is
 //! given as *segments*: the caller says where the values of (row, tap) lie. A linear layer has one tap; a convolution has
 //! one per kernel position and points into the picture (or at zeros), so that no patch matrix is ever built. This is the
 //! "indirect convolution" of Dukhan 2019 (arXiv:1907.02129).
 //!
-//! Every value is summed in the order of the inner dimension by one thread: results do not depend on the thread count.
+//! Every value is summed in the order of the inner dimension by one thread: results do not depend on the thread count, nor on
+//! how wide the processor's registers are.
 //! The other operand shapes (attention, adapters) go through the `gemm` crate in [`matmul`].
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::packed::{Mat, Operand, WIDTH, fits};
+use super::{
+    buffer::room,
+    kernel::{HEIGHT, Isa, MOST_PANELS, Tile, Walk},
+    packed::{Mat, Operand, Packed, WIDTH, fits},
+};
 
-/// Rows of a tile: 6 x 2 accumulators, leaving registers for the operands.
-const HEIGHT: usize = 6;
-/// Inner length walked per tile before moving on: a panel's share of the weights (24 KB) stays in the first-level cache, the
-/// rows of a task (288 KB) in the second.
+/// Inner length walked per tile before moving on: the weights of a tile's panels (24 to 96 KB) and the rows of a task (720 KB at
+/// most) stay in the second-level cache.
 const DEPTH: usize = 384;
 /// Rows per task when there are many: each task unpacks the weights that it reads for itself.
-const ROWS_PER_TASK: usize = 192;
+const ROWS_PER_TASK: usize = 480;
 
 /// What the product is added to.
 #[derive(Clone, Copy)]
 pub(super) enum Start<'a> {
     /// Nothing.
     Zero,
-    /// The destination's old values.
-    Old,
     /// One vector for all rows (a bias).
     Row(&'a [f32]),
     /// A vector per group of `rows_per` rows (a bias plus the time embedding of each sample).
@@ -44,11 +45,10 @@ pub(super) enum Start<'a> {
 impl Start<'_> {
     /// `out = start + acc` for the columns from `first` of row `row`.
     #[inline(always)]
-    pub(super) fn combine(&self, out: &mut [f32], acc: &[f32; WIDTH], row: usize, width: usize, first: usize) {
+    pub(super) fn combine(&self, out: &mut [f32], acc: &[f32], row: usize, width: usize, first: usize) {
         let n = out.len();
         match self {
             Start::Zero => out.copy_from_slice(&acc[..n]),
-            Start::Old => out.iter_mut().zip(acc).for_each(|(o, a)| *o += a),
             Start::Row(bias) => add_into(out, acc, &bias[first..first + n]),
             Start::PerGroup { values, rows_per } => {
                 let from = row / rows_per * width + first;
@@ -89,6 +89,15 @@ impl Destination {
     }
 }
 
+/// A second product into the same destination, of a small inner dimension: an adapter's.
+#[derive(Clone, Copy)]
+pub(super) struct Beside<'a> {
+    /// `(rows, weights' depth)`.
+    pub(super) rows: &'a [f32],
+    /// As wide as the destination.
+    pub(super) weights: &'a Packed,
+}
+
 /// `dst[i] = start + add[i] + rows[i] * weights`, where row `i` is the concatenation over taps of `segment(i, tap)`.
 ///
 /// # Panics
@@ -101,6 +110,22 @@ pub(super) fn multiply<'a>(
     start: Start<'_>,
     add: Option<&[f32]>,
 ) {
+    multiply_beside(dst, weights, taps, segment, start, add, None);
+}
+
+/// [`multiply`], plus the product `beside` in the same pass.
+///
+/// # Panics
+/// As [`multiply`], and if `beside` does not fit.
+pub(super) fn multiply_beside<'a>(
+    dst: &mut [f32],
+    weights: Operand<'_>,
+    taps: usize,
+    segment: impl Fn(usize, usize) -> &'a [f32] + Sync,
+    start: Start<'_>,
+    add: Option<&[f32]>,
+    beside: Option<Beside<'_>>,
+) {
     let (depth, width) = (weights.depth(), weights.width());
     if width == 0 || dst.is_empty() {
         return;
@@ -108,7 +133,12 @@ pub(super) fn multiply<'a>(
     let rows = dst.len() / width;
     assert!(dst.len() == rows * width && depth.is_multiple_of(taps));
     assert!(add.is_none_or(|a| a.len() == dst.len()));
+    assert!(beside.is_none_or(|b| {
+        let other = b.weights.plain();
+        other.width() == width && b.rows.len() == rows * other.depth()
+    }));
     let job = Job {
+        isa: Isa::best(),
         weights,
         width,
         taps,
@@ -116,38 +146,14 @@ pub(super) fn multiply<'a>(
         segment: &segment,
         start,
         add,
+        beside,
         dst: Destination::new(dst),
     };
-    let panels = width.div_ceil(WIDTH);
-    let threads = rayon::current_num_threads();
-    // Below about 200 000 multiplications waking a thread costs more than it brings.
-    if threads == 1 || rows * width * depth < 200_000 {
-        for first in (0..rows).step_by(ROWS_PER_TASK) {
-            job.run(first..(first + ROWS_PER_TASK).min(rows), 0..panels);
-        }
-        return;
-    }
-    let (rows_per, panels_per) = shares(rows, panels, ROWS_PER_TASK, threads);
-    let panel_tasks = panels.div_ceil(panels_per);
-    (0..rows.div_ceil(rows_per) * panel_tasks)
-        .into_par_iter()
-        .for_each(|task| {
-            let (r, p) = (task / panel_tasks * rows_per, task % panel_tasks * panels_per);
-            job.run(r..(r + rows_per).min(rows), p..(p + panels_per).min(panels));
-        });
-}
-
-/// Rows and panels per task. Columns are split before rows: a task reads its weights once, however many its rows.
-fn shares(rows: usize, panels: usize, most_rows: usize, threads: usize) -> (usize, usize) {
-    let tiles = rows.div_ceil(HEIGHT);
-    let wanted = 4 * threads;
-    let row_tasks = rows.div_ceil(most_rows).max((wanted / 2).div_ceil(panels).min(tiles));
-    let rows_per = tiles.div_ceil(row_tasks) * HEIGHT;
-    let panel_tasks = wanted.div_ceil(rows.div_ceil(rows_per)).min(panels);
-    (rows_per, panels.div_ceil(panel_tasks))
+    job.share(rows, depth);
 }
 
 struct Job<'j, S> {
+    isa: Isa,
     weights: Operand<'j>,
     width: usize,
     taps: usize,
@@ -155,38 +161,68 @@ struct Job<'j, S> {
     segment: &'j S,
     start: Start<'j>,
     add: Option<&'j [f32]>,
+    beside: Option<Beside<'j>>,
     dst: Destination,
 }
 
 impl<'a, S: Fn(usize, usize) -> &'a [f32] + Sync> Job<'_, S> {
+    /// Runs the product in tasks.
+    fn share(&self, rows: usize, depth: usize) {
+        let panels = self.width.div_ceil(WIDTH);
+        let threads = rayon::current_num_threads();
+        // Below about 200 000 multiplications waking a thread costs more than it brings.
+        if threads == 1 || rows * self.width * depth < 200_000 {
+            for first in (0..rows).step_by(ROWS_PER_TASK) {
+                self.run(first..(first + ROWS_PER_TASK).min(rows), 0..panels);
+            }
+            return;
+        }
+        // Columns are split before rows: a task reads its weights once, however many its rows.
+        let tiles = rows.div_ceil(HEIGHT);
+        let groups = panels.div_ceil(self.isa.panels());
+        let wanted = 4 * threads;
+        let row_tasks = rows
+            .div_ceil(ROWS_PER_TASK)
+            .max((wanted / 2).div_ceil(groups).min(tiles));
+        let rows_per = tiles.div_ceil(row_tasks) * HEIGHT;
+        let panel_tasks = wanted.div_ceil(rows.div_ceil(rows_per)).min(groups);
+        let panels_per = groups.div_ceil(panel_tasks) * self.isa.panels();
+        let panel_tasks = panels.div_ceil(panels_per);
+        (0..rows.div_ceil(rows_per) * panel_tasks)
+            .into_par_iter()
+            .for_each(|task| {
+                let (r, p) = (task / panel_tasks * rows_per, task % panel_tasks * panels_per);
+                self.run(r..(r + rows_per).min(rows), p..(p + panels_per).min(panels));
+            });
+    }
+
     fn run(&self, rows: Range<usize>, panels: Range<usize>) {
         #[cfg(target_arch = "x86_64")]
         {
             #[target_feature(enable = "avx2,fma")]
-            fn fused<'a, S: Fn(usize, usize) -> &'a [f32] + Sync>(
+            fn wide<'a, S: Fn(usize, usize) -> &'a [f32] + Sync>(
                 job: &Job<'_, S>,
                 rows: Range<usize>,
                 panels: Range<usize>,
             ) {
-                job.blocks::<true>(rows, panels);
+                job.blocks(rows, panels);
             }
-            if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") {
+            if self.isa != Isa::Baseline {
                 #[expect(
                     unsafe_code,
                     reason = "calling a function compiled for features that were just detected"
                 )]
-                // SAFETY: the processor has AVX2 and FMA.
+                // SAFETY: the processor has AVX2 and FMA, as every one with AVX-512 does.
                 unsafe {
-                    return fused(self, rows, panels);
+                    return wide(self, rows, panels);
                 }
             }
         }
-        // Elsewhere a fused multiply-add is an instruction of the baseline (aarch64) or a slow library call (old x86).
-        self.blocks::<{ cfg!(target_arch = "aarch64") }>(rows, panels);
+        self.blocks(rows, panels);
     }
 
     #[inline(always)]
-    fn blocks<const FMA: bool>(&self, rows: Range<usize>, panels: Range<usize>) {
+    fn blocks(&self, rows: Range<usize>, panels: Range<usize>) {
         let segment_len = self.segment_len;
         // A block is several whole taps, or a part of one.
         let (taps_per, part) = if segment_len <= DEPTH {
@@ -195,33 +231,28 @@ impl<'a, S: Fn(usize, usize) -> &'a [f32] + Sync> Job<'_, S> {
             let parts = segment_len.div_ceil(DEPTH);
             (1, segment_len.div_ceil(parts).next_multiple_of(WIDTH))
         };
-        let mut scratch = vec![0.0; taps_per * part * WIDTH];
+        let group = self.isa.panels();
+        let mut scratch = self.weights.scratch(group * taps_per * part * WIDTH);
         for first_tap in (0..self.taps).step_by(taps_per) {
             let taps = first_tap..(first_tap + taps_per).min(self.taps);
             for from in (0..segment_len).step_by(part.max(1)) {
                 let inner = from..(from + part).min(segment_len);
-                for panel in panels.clone() {
-                    let weights = self
-                        .weights
-                        .block(panel, taps.clone(), segment_len, inner.clone(), &mut scratch);
+                for first in panels.clone().step_by(group) {
+                    let panels = first..(first + group).min(panels.end);
                     let block = Block {
-                        panel,
+                        weights: self.weights.blocks(
+                            panels.clone(),
+                            taps.clone(),
+                            segment_len,
+                            inner.clone(),
+                            &mut scratch,
+                        ),
+                        panels,
                         taps: taps.clone(),
                         inner: inner.clone(),
-                        weights,
                     };
-                    let mut row = rows.start;
-                    while row + HEIGHT <= rows.end {
-                        self.tile::<HEIGHT, FMA>(row, &block);
-                        row += HEIGHT;
-                    }
-                    match rows.end - row {
-                        1 => self.tile::<1, FMA>(row, &block),
-                        2 => self.tile::<2, FMA>(row, &block),
-                        3 => self.tile::<3, FMA>(row, &block),
-                        4 => self.tile::<4, FMA>(row, &block),
-                        5 => self.tile::<5, FMA>(row, &block),
-                        _ => {}
+                    for row in rows.clone().step_by(HEIGHT) {
+                        self.tile(row..(row + HEIGHT).min(rows.end), &block);
                     }
                 }
             }
@@ -229,25 +260,41 @@ impl<'a, S: Fn(usize, usize) -> &'a [f32] + Sync> Job<'_, S> {
     }
 
     #[inline(always)]
-    fn tile<const M: usize, const FMA: bool>(&self, row: usize, block: &Block<'_>) {
-        let width = self.width;
-        let first = block.panel * WIDTH;
-        let n = WIDTH.min(width - first);
-        let mut acc = [[0.0_f32; WIDTH]; M];
+    fn tile(&self, rows: Range<usize>, block: &Block<'_>) {
+        let (width, m, count) = (self.width, rows.len(), block.panels.len());
+        let first = block.panels.start * WIDTH;
+        let n = (count * WIDTH).min(width - first);
+        let mut sums: Tile = [[0.0; MOST_PANELS * WIDTH]; HEIGHT];
         let size = block.inner.len() * WIDTH;
-        for (i, tap) in block.taps.clone().enumerate() {
-            let x: [&[f32]; M] = std::array::from_fn(|r| &(self.segment)(row + r, tap)[block.inner.clone()]);
-            accumulate::<M, FMA>(&x, &block.weights[i * size..(i + 1) * size], &mut acc);
-        }
         let is_first = block.taps.start == 0 && block.inner.start == 0;
-        for (r, acc) in acc.iter().enumerate() {
-            let at = (row + r) * width + first;
+        if let Some(Beside { rows: values, weights }) = self.beside.filter(|_| is_first) {
+            let depth = weights.plain().depth();
+            let w = weights
+                .plain()
+                .blocks(block.panels.clone(), 0..1, depth, 0..depth, &mut []);
+            let x: [&[f32]; HEIGHT] = std::array::from_fn(|r| {
+                let row = rows.start + r.min(m - 1);
+                &values[row * depth..(row + 1) * depth]
+            });
+            self.isa.accumulate(Walk::dense(depth), &x[..m], &w[..count], &mut sums);
+        }
+        for (i, tap) in block.taps.clone().enumerate() {
+            let x: [&[f32]; HEIGHT] =
+                std::array::from_fn(|r| &(self.segment)(rows.start + r.min(m - 1), tap)[block.inner.clone()]);
+            let w = block
+                .weights
+                .map(|w| w.get(i * size..(i + 1) * size).unwrap_or_default());
+            self.isa
+                .accumulate(Walk::dense(block.inner.len()), &x[..m], &w[..count], &mut sums);
+        }
+        for (row, sums) in rows.zip(&sums) {
+            let at = row * width + first;
             let out = self.dst.slice(at, n);
             if !is_first {
-                out.iter_mut().zip(acc).for_each(|(o, a)| *o += a);
+                out.iter_mut().zip(sums).for_each(|(o, a)| *o += a);
                 continue;
             }
-            self.start.combine(out, acc, row + r, width, first);
+            self.start.combine(out, sums, row, width, first);
             if let Some(add) = self.add {
                 out.iter_mut().zip(&add[at..at + n]).for_each(|(o, a)| *o += a);
             }
@@ -255,114 +302,78 @@ impl<'a, S: Fn(usize, usize) -> &'a [f32] + Sync> Job<'_, S> {
     }
 }
 
-/// A share of the weights: rows `inner` of `taps`, 16 columns.
+/// A share of the weights: rows `inner` of `taps`, columns of `panels`.
 struct Block<'b> {
-    panel: usize,
+    panels: Range<usize>,
     taps: Range<usize>,
     inner: Range<usize>,
-    /// `(taps * inner, 16)`.
-    weights: &'b [f32],
+    /// Per panel `(taps * inner, 16)`.
+    weights: [&'b [f32]; MOST_PANELS],
 }
 
 #[inline(always)]
-fn add_into(out: &mut [f32], acc: &[f32; WIDTH], start: &[f32]) {
+fn add_into(out: &mut [f32], acc: &[f32], start: &[f32]) {
     for ((o, a), s) in out.iter_mut().zip(acc).zip(start) {
         *o = s + a;
     }
-}
-
-/// `acc[r] += x[r] * w`; `w` is `(len, 16)`.
-#[inline(always)]
-fn accumulate<const M: usize, const FMA: bool>(x: &[&[f32]; M], w: &[f32], acc: &mut [[f32; WIDTH]; M]) {
-    let mut c = *acc;
-    let len = w.len() / WIDTH;
-    assert!(x.iter().all(|x| x.len() == len), "a segment of the wrong length");
-    for p in 0..len {
-        #[expect(
-            unsafe_code,
-            reason = "bounds checks in the innermost loop cost a third of its speed"
-        )]
-        // SAFETY: `p < len`, `w` holds `16 * len` values and every row `len` (asserted above).
-        let (w, x): (&[f32; WIDTH], [f32; M]) = unsafe {
-            (
-                &*w.as_ptr().add(p * WIDTH).cast::<[f32; WIDTH]>(),
-                std::array::from_fn(|r| *x[r].get_unchecked(p)),
-            )
-        };
-        for r in 0..M {
-            for j in 0..WIDTH {
-                c[r][j] = if FMA {
-                    x[r].mul_add(w[j], c[r][j])
-                } else {
-                    c[r][j] + x[r] * w[j]
-                };
-            }
-        }
-    }
-    *acc = c;
 }
 
 /// `uᵀ x`: `(r, n)` from `u` (m, r) and `x` (m, n), both row-major, each value summed in the order of the rows.
 pub(super) fn product_over_rows(u: &[f32], r: usize, x: &[f32], n: usize) -> Vec<f32> {
     let m = u.len() / r.max(1);
     assert!(u.len() == m * r && x.len() == m * n);
-    let mut out = vec![0.0; r * n];
-    let columns = Destination::new(&mut out);
-    let panels = n.div_ceil(WIDTH);
-    let work = |panel: usize| {
-        let first = panel * WIDTH;
-        let width = WIDTH.min(n - first);
-        outer_products(u, r, x, n, first..first + width, |i| {
-            columns.slice(i * n + first, width)
-        });
+    let mut out = room(r * n);
+    let destination = Destination::new(&mut out);
+    let isa = Isa::best();
+    let columns_per = isa.panels() * WIDTH;
+    let work = |group: usize| {
+        let columns = group * columns_per..n.min((group + 1) * columns_per);
+        outer_products(isa, u, r, x, n, columns, &destination);
     };
+    let groups = n.div_ceil(columns_per);
     if m * r * n < 200_000 {
-        (0..panels).for_each(work);
+        (0..groups).for_each(work);
     } else {
-        (0..panels).into_par_iter().with_min_len(2).for_each(work);
+        (0..groups).into_par_iter().for_each(work);
     }
     out
 }
 
-/// Columns `columns` (16 at most) of [`product_over_rows`], to `row(i)` for each of the `r` rows.
-fn outer_products<'d>(
-    u: &[f32],
-    r: usize,
-    x: &[f32],
-    n: usize,
-    columns: Range<usize>,
-    row: impl Fn(usize) -> &'d mut [f32],
-) {
+/// Columns `columns` of [`product_over_rows`].
+fn outer_products(isa: Isa, u: &[f32], r: usize, x: &[f32], n: usize, columns: Range<usize>, out: &Destination) {
+    let m = u.len() / r.max(1);
+    let walk = Walk {
+        len: m,
+        row_step: r,
+        panel_step: n,
+    };
+    let whole = columns.len() / WIDTH;
+    let rest = columns.start + whole * WIDTH..columns.end;
+    let panels: [&[f32]; MOST_PANELS] = std::array::from_fn(|p| {
+        if p < whole {
+            &x[columns.start + p * WIDTH..]
+        } else {
+            &[]
+        }
+    });
     for first in (0..r).step_by(4) {
         let rows = first..(first + 4).min(r);
-        let mut acc = [[0.0; WIDTH]; 4];
-        if columns.len() == WIDTH && rows.len() == 4 {
-            outer_product_tile(u, r, x, n, (first, columns.start), &mut acc);
-        } else {
+        if whole > 0 {
+            let mut sums: Tile = [[0.0; MOST_PANELS * WIDTH]; HEIGHT];
+            let values: [&[f32]; 4] = std::array::from_fn(|i| &u[(first + i).min(r - 1)..]);
+            isa.accumulate(walk, &values[..rows.len()], &panels[..whole], &mut sums);
+            for (i, sums) in rows.clone().zip(&sums) {
+                let out = out.slice(i * n + columns.start, whole * WIDTH);
+                out.copy_from_slice(&sums[..whole * WIDTH]);
+            }
+        }
+        for i in rows {
+            let out = out.slice(i * n + rest.start, rest.len());
+            out.fill(0.0);
             for (u, x) in u.chunks_exact(r).zip(x.chunks_exact(n)) {
-                for (acc, u) in acc.iter_mut().zip(&u[rows.clone()]) {
-                    acc.iter_mut().zip(&x[columns.clone()]).for_each(|(a, x)| *a += u * x);
-                }
+                out.iter_mut().zip(&x[rest.clone()]).for_each(|(o, x)| *o += u[i] * x);
             }
         }
-        for (acc, i) in acc.iter().zip(rows) {
-            row(i).copy_from_slice(&acc[..columns.len()]);
-        }
-    }
-}
-
-super::math::vectorized! {
-    fn outer_product_tile(u: &[f32], r: usize, x: &[f32], n: usize, at: (usize, usize), acc: &mut [[f32; 16]; 4]) {
-        let mut c = *acc;
-        for (u, x) in u.chunks_exact(r).zip(x.chunks_exact(n)) {
-            let (u, x) = (&u[at.0..at.0 + 4], &x[at.1..at.1 + 16]);
-            for i in 0..4 {
-                for j in 0..16 {
-                    c[i][j] += u[i] * x[j];
-                }
-            }
-        }
-        *acc = c;
     }
 }
 

@@ -6,8 +6,9 @@ use candle_core::{Result, Shape, Tensor, bail};
 
 use super::{
     attach::{Value, attach, saved, with_values},
+    buffer::room,
     composed,
-    gemm::{Start, multiply, product_over_rows},
+    gemm::{Beside, Start, multiply, multiply_beside, product_over_rows},
     packed::{Mat, Packed, WeightType},
 };
 
@@ -114,17 +115,13 @@ impl FrozenLinear {
         };
         let input = saved(x)?;
         let y = match residual {
-            None => with_values([&input], |[x]| Ok(self.apply(x, m, None)))?,
-            Some(r) => with_values([&input, &saved(r)?], |[x, r]| Ok(self.apply(x, m, Some(r))))?,
+            None => with_values([&input], |[x]| Ok(self.apply(x, m, None, None)))?,
+            Some(r) => with_values([&input, &saved(r)?], |[x, r]| Ok(self.apply(x, m, Some(r), None)))?,
         };
         let x_shape = x.shape().clone();
         let backward = move |g: &Tensor, needed: [bool; 3]| {
             let dx = if needed[0] {
-                let mut dx = vec![0.0; m * weights.0.in_features];
-                with_values([g], |[g]| {
-                    weights.input_grad(&mut dx, g, Start::Zero);
-                    Ok(())
-                })?;
+                let dx = with_values([g], |[g]| Ok(weights.input_grad(g, m, None)))?;
                 Some(Tensor::from_vec(dx, x_shape.clone(), g.device())?)
             } else {
                 None
@@ -148,31 +145,28 @@ impl FrozenLinear {
         Ok((x.elem_count() / k, Shape::from(dims)))
     }
 
-    fn apply(&self, x: &[f32], m: usize, residual: Option<&[f32]>) -> Vec<f32> {
+    fn apply(&self, x: &[f32], m: usize, residual: Option<&[f32]>, adapter: Option<Beside<'_>>) -> Vec<f32> {
         let Place::Cpu { weight, bias } = &self.0.place else {
             return Vec::new();
         };
         let k = self.0.in_features;
-        let mut y = vec![0.0; m * self.0.out_features];
+        let mut y = room(m * self.0.out_features);
         let start = bias.as_deref().map_or(Start::Zero, Start::Row);
-        multiply(
-            &mut y,
-            weight.plain(),
-            1,
-            |i, _| &x[i * k..(i + 1) * k],
-            start,
-            residual,
-        );
+        let row = |i: usize, _| &x[i * k..(i + 1) * k];
+        multiply_beside(&mut y, weight.plain(), 1, row, start, residual, adapter);
         y
     }
 
-    /// `dx = start + g W`.
-    fn input_grad(&self, dx: &mut [f32], g: &[f32], start: Start<'_>) {
+    /// `g W`, plus the adapter's share.
+    fn input_grad(&self, g: &[f32], m: usize, adapter: Option<Beside<'_>>) -> Vec<f32> {
         let Place::Cpu { weight, .. } = &self.0.place else {
-            return;
+            return Vec::new();
         };
         let n = self.0.out_features;
-        multiply(dx, weight.swapped(1), 1, |i, _| &g[i * n..(i + 1) * n], start, None);
+        let mut dx = room(m * self.0.in_features);
+        let row = |i: usize, _| &g[i * n..(i + 1) * n];
+        multiply_beside(&mut dx, weight.swapped(1), 1, row, Start::Zero, None, adapter);
+        dx
     }
 }
 
@@ -201,46 +195,23 @@ pub fn lora_linear(base: &FrozenLinear, x: &Tensor, a: &Tensor, b: &Tensor, scal
     let scale = scale as f32;
     let (saved_x, saved_a, saved_b) = (saved(x)?, saved(a)?, saved(b)?);
     let (y, h) = with_values([&saved_x, &saved_a, &saved_b], |[x, a, b]| {
-        let mut h = vec![0.0; m * r];
         let at = Packed::new(Mat::rows(a, r, k, k).t());
-        multiply(&mut h, at.plain(), 1, |i, _| &x[i * k..(i + 1) * k], Start::Zero, None);
-        scale_by(&mut h, scale);
-        let mut y = base.apply(x, m, None);
-        let bt = Packed::new(Mat::rows(b, n, r, r).t());
-        multiply(&mut y, bt.plain(), 1, |i, _| &h[i * r..(i + 1) * r], Start::Old, None);
-        Ok((y, h))
+        let h = scaled_product(x, &at, m, scale);
+        let weights = &Packed::new(Mat::rows(b, n, r, r).t());
+        Ok((base.apply(x, m, None, Some(Beside { rows: &h, weights })), h))
     })?;
     let base = base.clone();
     let backward = move |grad: &Tensor, needed: [bool; 3]| {
         with_values([&saved_x, &saved_a, &saved_b, grad], |[x, a, b, g]| {
             // u = scale · g B is the gradient of x Aᵀ; h = scale · x Aᵀ was kept.
-            let mut u = vec![0.0; m * r];
-            let packed_b = Packed::new(Mat::rows(b, n, r, r));
-            multiply(
-                &mut u,
-                packed_b.plain(),
-                1,
-                |i, _| &g[i * n..(i + 1) * n],
-                Start::Zero,
-                None,
-            );
-            scale_by(&mut u, scale);
+            let u = scaled_product(g, &Packed::new(Mat::rows(b, n, r, r)), m, scale);
             let da = product_over_rows(&u, r, x, k);
             let dbt = product_over_rows(&h, r, g, n);
             let db = transpose(&dbt, r, n);
             // An untracked input (the prompt's embeddings) needs no gradient: skipping it saves a product with W.
             let dx = if needed[0] {
-                let mut dx = vec![0.0; m * k];
-                let packed_a = Packed::new(Mat::rows(a, r, k, k));
-                multiply(
-                    &mut dx,
-                    packed_a.plain(),
-                    1,
-                    |i, _| &u[i * r..(i + 1) * r],
-                    Start::Zero,
-                    None,
-                );
-                base.input_grad(&mut dx, g, Start::Old);
+                let weights = &Packed::new(Mat::rows(a, r, k, k));
+                let dx = base.input_grad(g, m, Some(Beside { rows: &u, weights }));
                 Some(Tensor::from_vec(dx, saved_x.shape(), grad.device())?)
             } else {
                 None
@@ -255,13 +226,25 @@ pub fn lora_linear(base: &FrozenLinear, x: &Tensor, a: &Tensor, b: &Tensor, scal
     attach("lora-linear", &[x, a, b], Value::Cpu(y), shape, backward)
 }
 
-fn scale_by(values: &mut [f32], factor: f32) {
-    values.iter_mut().for_each(|v| *v *= factor);
+/// `scale · x W` of `m` rows.
+fn scaled_product(x: &[f32], weights: &Packed, m: usize, scale: f32) -> Vec<f32> {
+    let (k, n) = (weights.plain().depth(), weights.plain().width());
+    let mut y = room(m * n);
+    multiply(
+        &mut y,
+        weights.plain(),
+        1,
+        |i, _| &x[i * k..(i + 1) * k],
+        Start::Zero,
+        None,
+    );
+    y.iter_mut().for_each(|v| *v *= scale);
+    y
 }
 
 /// A row-major `(rows, cols)` matrix as `(cols, rows)`.
 fn transpose(matrix: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    let mut out = vec![0.0; rows * cols];
+    let mut out = room(rows * cols);
     for (i, row) in matrix.chunks_exact(cols).enumerate() {
         for (j, v) in row.iter().enumerate() {
             out[j * rows + i] = *v;

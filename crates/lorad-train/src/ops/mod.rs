@@ -12,9 +12,11 @@
 
 mod attach;
 mod attention;
+mod buffer;
 pub mod composed;
 mod conv;
 mod gemm;
+mod kernel;
 mod linear;
 mod math;
 mod norm;

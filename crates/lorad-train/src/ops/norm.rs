@@ -5,6 +5,7 @@ use rayon::prelude::*;
 
 use super::{
     attach::{Value, attach, saved, with_values},
+    buffer::room,
     composed,
     math::{sigmoid, vectorized},
 };
@@ -37,7 +38,7 @@ pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps
     let per_sample = x.elem_count() / b.max(1);
     let size = c / groups;
     // Per sample and channel: y = x * factor + shift.
-    let mut y = vec![0.0; x.elem_count()];
+    let mut y = room(x.elem_count());
     let mut stats = vec![(0.0_f32, 0.0_f32); b * groups];
     with_values([&saved_x], |[x]| {
         y.par_chunks_mut(per_sample)
@@ -54,7 +55,7 @@ pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps
     let shape = x.shape().clone();
     let out_shape = shape.clone();
     attach("group-norm", &[x], Value::Cpu(y), out_shape, move |g, _| {
-        let mut dx = vec![0.0; shape.elem_count()];
+        let mut dx = room(shape.elem_count());
         with_values([&saved_x, g], |[x, g]| {
             dx.par_chunks_mut(per_sample).enumerate().for_each(|(i, dx)| {
                 let range = i * per_sample..(i + 1) * per_sample;
@@ -251,8 +252,8 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
     let (weight, bias): (Vec<f32>, Vec<f32>) = (weight.to_vec1()?, bias.to_vec1()?);
     let rows = x.elem_count() / c;
     let chunk = rows_per_task(rows);
-    let mut y = vec![0.0; x.elem_count()];
-    let mut stats = vec![0.0_f32; 2 * rows];
+    let mut y = room(x.elem_count());
+    let mut stats = room(2 * rows);
     with_values([&saved_x], |[x]| {
         y.par_chunks_mut(chunk * c)
             .zip(stats.par_chunks_mut(chunk * 2))
@@ -266,7 +267,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
     let shape = x.shape().clone();
     let out_shape = shape.clone();
     attach("layer-norm", &[x], Value::Cpu(y), out_shape, move |g, _| {
-        let mut dx = vec![0.0; shape.elem_count()];
+        let mut dx = room(shape.elem_count());
         with_values([&saved_x, g], |[x, g]| {
             dx.par_chunks_mut(chunk * c).enumerate().for_each(|(i, dx)| {
                 let range = i * chunk * c..i * chunk * c + dx.len();

@@ -6,6 +6,8 @@ use candle_core::DType;
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
+use super::{buffer::room, kernel::MOST_PANELS};
+
 /// Columns of a panel: two AVX2 registers.
 pub(super) const WIDTH: usize = 16;
 
@@ -188,6 +190,39 @@ impl Packed {
     }
 }
 
+impl Packed {
+    /// Rows `columns` (16 at most) of the 16 columns whose first row is at `from`, transposed: `(n, 16)`, missing ones zero.
+    #[inline(always)]
+    fn turn(&self, from: usize, columns: Range<usize>, out: &mut [f32]) {
+        let at = from + columns.start * WIDTH;
+        let next = at + self.depth * WIDTH;
+        let mut square = [0.0; WIDTH * WIDTH];
+        if columns.len() == WIDTH && out.len() == WIDTH * WIDTH {
+            match &self.values {
+                Values::F32(v) => {
+                    prefetch(v, next);
+                    transpose(&v[at..at + WIDTH * WIDTH], out);
+                }
+                Values::F16(v) => {
+                    prefetch(v, next);
+                    widen_halves(&v[at..at + WIDTH * WIDTH], &mut square);
+                    transpose(&square, out);
+                }
+                Values::Bf16(v) => {
+                    prefetch(v, next);
+                    self.widen(at, &mut square);
+                    transpose(&square, out);
+                }
+            }
+            return;
+        }
+        let mut turned = [0.0; WIDTH * WIDTH];
+        self.widen(at, &mut square[..columns.len() * WIDTH]);
+        transpose(&square, &mut turned);
+        out.copy_from_slice(&turned[..out.len()]);
+    }
+}
+
 /// The right operand of a product.
 #[derive(Clone, Copy)]
 pub(super) enum Operand<'a> {
@@ -225,66 +260,87 @@ impl<'a> Operand<'a> {
         }
     }
 
-    /// Rows `rows` of each tap of `taps`, 16 columns from `16 * panel`, as `(taps * rows, 16)`: in place where they lie so,
-    /// else in `scratch`. `segment` is the rows of a whole tap; of several taps, all rows are given; `rows.start` is a
-    /// multiple of 16.
+    /// Room for [`Self::blocks`] of `len` values, if it needs any.
+    pub(super) fn scratch(&self, len: usize) -> Vec<f32> {
+        match self {
+            Self::Panels { .. } => Vec::new(),
+            Self::Plain(packed) if matches!(packed.values, Values::F32(_)) => Vec::new(),
+            _ => room(len),
+        }
+    }
+
+    /// Rows `rows` of each tap of `taps` in each panel of `panels` (4 at most), as `(taps * rows, 16)` per panel: in place where
+    /// they lie so, else in `scratch`. `segment` is the rows of a whole tap; of several taps, all rows are given; `rows.start`
+    /// is a multiple of 16.
     #[inline(always)]
-    pub(super) fn block<'s>(
+    pub(super) fn blocks<'s>(
         &self,
-        panel: usize,
+        panels: Range<usize>,
         taps: Range<usize>,
         segment: usize,
         rows: Range<usize>,
         scratch: &'s mut [f32],
-    ) -> &'s [f32]
+    ) -> [&'s [f32]; MOST_PANELS]
     where
         'a: 's,
     {
         let n = taps.len() * rows.len() * WIDTH;
-        let at = (panel * self.depth() + taps.start * segment + rows.start) * WIDTH;
-        let (packed, k) = match *self {
-            Self::Panels { values, .. } => return &values[at..at + n],
+        let depth = self.depth();
+        let at = |panel: usize| (panel * depth + taps.start * segment + rows.start) * WIDTH;
+        let mut found: [&[f32]; MOST_PANELS] = [&[]; MOST_PANELS];
+        match *self {
+            Self::Panels { values, .. } => {
+                found
+                    .iter_mut()
+                    .zip(panels)
+                    .for_each(|(f, p)| *f = &values[at(p)..at(p) + n]);
+                return found;
+            }
             Self::Plain(packed) => {
                 if let Values::F32(v) = &packed.values {
-                    return &v[at..at + n];
+                    found
+                        .iter_mut()
+                        .zip(panels)
+                        .for_each(|(f, p)| *f = &v[at(p)..at(p) + n]);
+                    return found;
                 }
-                packed.widen(at, &mut scratch[..n]);
-                return &scratch[..n];
+                for (panel, out) in panels.zip(scratch.chunks_exact_mut(n.max(1))) {
+                    packed.widen(at(panel), out);
+                }
             }
-            Self::Swapped(packed, taps) => (packed, packed.depth / taps),
-        };
-        // Columns first..first + valid of this operand are rows of the packed matrix.
-        let first = panel * WIDTH;
-        let valid = WIDTH.min(k - first);
-        let mut square = [0.0; WIDTH * WIDTH];
-        for (tap, out) in taps.zip(scratch.chunks_exact_mut(rows.len() * WIDTH)) {
-            for (out, start) in out.chunks_mut(WIDTH * WIDTH).zip(rows.clone().step_by(WIDTH)) {
-                let at = (start / WIDTH * packed.depth + tap * k + first) * WIDTH;
-                match &packed.values {
-                    Values::F32(v) if valid == WIDTH && out.len() == WIDTH * WIDTH => {
-                        prefetch(v, at + packed.depth * WIDTH);
-                        transpose(&v[at..at + WIDTH * WIDTH], out);
-                    }
-                    _ => {
-                        let mut turned = [0.0; WIDTH * WIDTH];
-                        packed.widen(at, &mut square[..valid * WIDTH]);
-                        transpose(&square, &mut turned);
-                        out.copy_from_slice(&turned[..out.len()]);
+            Self::Swapped(packed, of) => {
+                let k = packed.depth / of;
+                let mut first = 0;
+                for tap in taps {
+                    for start in rows.clone().step_by(WIDTH) {
+                        let count = WIDTH.min(rows.end - start) * WIDTH;
+                        let from = (start / WIDTH * packed.depth + tap * k) * WIDTH;
+                        // What is read for one panel after the other lies side by side.
+                        for (panel, out) in panels.clone().zip(scratch.chunks_exact_mut(n.max(1))) {
+                            let columns = panel * WIDTH..k.min((panel + 1) * WIDTH);
+                            packed.turn(from, columns, &mut out[first..first + count]);
+                        }
+                        first += count;
                     }
                 }
             }
         }
-        &scratch[..n]
+        found
+            .iter_mut()
+            .zip(scratch.chunks_exact(n.max(1)))
+            .for_each(|(f, s)| *f = s);
+        found
     }
 }
 
 /// Asks for the 16 x 16 values at `at`, if there are any: the processor does not foresee steps from panel to panel, and weights
 /// of a large model come from main memory.
 #[inline(always)]
-fn prefetch(values: &[f32], at: usize) {
+fn prefetch<T>(values: &[T], at: usize) {
     #[cfg(target_arch = "x86_64")]
     if let Some(square) = values.get(at..at + WIDTH * WIDTH) {
-        for line in square.chunks_exact(WIDTH) {
+        // 64 bytes are a line of the cache.
+        for line in square.chunks(64 / size_of::<T>()) {
             #[expect(unsafe_code, reason = "the instruction takes a pointer")]
             // SAFETY: the address is that of a value, and nothing is read or written.
             unsafe {

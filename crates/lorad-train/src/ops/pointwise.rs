@@ -5,6 +5,7 @@ use rayon::prelude::*;
 
 use super::{
     attach::{Value, attach, saved, with_values},
+    buffer::room,
     composed,
     math::{gelu_and_derivative, sigmoid, vectorized},
 };
@@ -49,7 +50,7 @@ pub fn activation(x: &Tensor, kind: Activation) -> Result<Tensor> {
         return composed::activation(x, kind);
     }
     let saved_x = saved(x)?;
-    let mut y = vec![0.0; x.elem_count()];
+    let mut y = room(x.elem_count());
     with_values([&saved_x], |[x]| {
         y.par_chunks_mut(CHUNK)
             .zip(x.par_chunks(CHUNK))
@@ -58,7 +59,7 @@ pub fn activation(x: &Tensor, kind: Activation) -> Result<Tensor> {
     })?;
     let shape = x.shape().clone();
     attach("activation", &[x], Value::Cpu(y), shape, move |g, _| {
-        let mut dx = vec![0.0; g.elem_count()];
+        let mut dx = room(g.elem_count());
         with_values([&saved_x, g], |[x, g]| {
             dx.par_chunks_mut(CHUNK)
                 .zip(x.par_chunks(CHUNK).zip(g.par_chunks(CHUNK)))
@@ -114,7 +115,7 @@ pub fn geglu(x: &Tensor) -> Result<Tensor> {
         *last = n;
     }
     let rows = (CHUNK / double).max(1);
-    let mut y = vec![0.0; x.elem_count() / 2];
+    let mut y = room(x.elem_count() / 2);
     with_values([&saved_x], |[x]| {
         y.par_chunks_mut(rows * n)
             .zip(x.par_chunks(rows * double))
@@ -122,7 +123,7 @@ pub fn geglu(x: &Tensor) -> Result<Tensor> {
         Ok(())
     })?;
     attach("geglu", &[x], Value::Cpu(y), shape, move |g, _| {
-        let mut dx = vec![0.0; saved_x.elem_count()];
+        let mut dx = room(saved_x.elem_count());
         with_values([&saved_x, g], |[x, g]| {
             dx.par_chunks_mut(rows * double)
                 .zip(x.par_chunks(rows * double).zip(g.par_chunks(rows * n)))
@@ -170,7 +171,7 @@ pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     if !a.device().is_cpu() {
         return a + b;
     }
-    let mut y = vec![0.0; a.elem_count()];
+    let mut y = room(a.elem_count());
     with_values([&saved(a)?, &saved(b)?], |[a, b]| {
         y.par_chunks_mut(CHUNK)
             .zip(a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK)))
@@ -199,7 +200,7 @@ pub fn cat_channels(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     shape[last] = ca + cb;
     let (a_shape, b_shape) = (a.shape().clone(), b.shape().clone());
     let rows = (CHUNK / (ca + cb)).max(1);
-    let mut y = vec![0.0; a.elem_count() + b.elem_count()];
+    let mut y = room(a.elem_count() + b.elem_count());
     with_values([&saved(a)?, &saved(b)?], |[a, b]| {
         y.par_chunks_mut(rows * (ca + cb))
             .zip(a.par_chunks(rows * ca).zip(b.par_chunks(rows * cb)))
@@ -215,7 +216,7 @@ pub fn cat_channels(a: &Tensor, b: &Tensor) -> Result<Tensor> {
         Ok(())
     })?;
     attach("cat-channels", &[a, b], Value::Cpu(y), shape, move |g, _| {
-        let (mut da, mut db) = (vec![0.0; a_shape.elem_count()], vec![0.0; b_shape.elem_count()]);
+        let (mut da, mut db) = (room(a_shape.elem_count()), room(b_shape.elem_count()));
         with_values([g], |[g]| {
             da.par_chunks_mut(rows * ca)
                 .zip(db.par_chunks_mut(rows * cb))
@@ -252,7 +253,7 @@ pub fn upsample_nearest_2x(x: &Tensor) -> Result<Tensor> {
     if !x.device().is_cpu() {
         return composed::upsample_nearest_2x(x);
     }
-    let mut y = vec![0.0; 4 * x.elem_count()];
+    let mut y = room(4 * x.elem_count());
     let line = w * c;
     with_values([&saved(x)?], |[x]| {
         y.par_chunks_mut(4 * line).zip(x.par_chunks(line)).for_each(|(y, x)| {
@@ -271,7 +272,7 @@ pub fn upsample_nearest_2x(x: &Tensor) -> Result<Tensor> {
         Value::Cpu(y),
         (b, 2 * h, 2 * w, c),
         move |g, _| {
-            let mut dx = vec![0.0; b * h * line];
+            let mut dx = room(b * h * line);
             with_values([g], |[g]| {
                 dx.par_chunks_mut(line).zip(g.par_chunks(4 * line)).for_each(|(dx, g)| {
                     let (upper, lower) = g.split_at(2 * line);

@@ -230,7 +230,9 @@ impl Job<'_> {
             let (own, others) = rest.split_at_mut(size);
             rest = others;
             let place = if self.mirrored { 8 - tap } else { tap };
-            g[place] = self.weights.block(panel, tap..tap + 1, self.k, inner.clone(), own);
+            g[place] = self
+                .weights
+                .blocks(panel..panel + 1, tap..tap + 1, self.k, inner.clone(), own)[0];
         }
         kernel_to_basis(&g, u);
     }

@@ -1,0 +1,229 @@
+//! The innermost loop of the matrix products: a tile of sums that stays in registers while a block of the inner dimension goes by.
+//!
+//! Chosen at run time: AVX-512 with tiles of 6 x 64, AVX2 with 6 x 16, or what the compiler makes of the baseline. Wide tiles
+//! need few loads per product; one processor's 512-bit units may be no faster than two of 256 bits, but the loads are fewer
+//! all the same. All of them add in the same order, and where products are fused with the sum, give the same bits.
+
+use super::packed::WIDTH;
+
+/// Rows of a tile.
+pub(super) const HEIGHT: usize = 6;
+/// Panels of a tile, at most.
+pub(super) const MOST_PANELS: usize = 4;
+
+/// The sums of a tile: row `r`, column `j` of panel `p` at `[r][16 * p + j]`.
+pub(super) type Tile = [[f32; MOST_PANELS * WIDTH]; HEIGHT];
+
+/// How the inner dimension is walked.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Walk {
+    /// Its length.
+    pub(super) len: usize,
+    /// Values from one to the next in a row.
+    pub(super) row_step: usize,
+    /// Values from one to the next in a panel.
+    pub(super) panel_step: usize,
+}
+
+impl Walk {
+    /// Rows and panels without gaps.
+    pub(super) fn dense(len: usize) -> Self {
+        Self {
+            len,
+            row_step: 1,
+            panel_step: WIDTH,
+        }
+    }
+
+    fn fits(&self, x: &[&[f32]], w: &[&[f32]]) -> bool {
+        let last = self.len.saturating_sub(1);
+        self.len == 0
+            || (x.iter().all(|x| x.len() > last * self.row_step)
+                && w.iter().all(|w| w.len() >= last * self.panel_step + WIDTH))
+    }
+}
+
+/// Which instructions a product uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Isa {
+    /// 16 products at a time.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    /// 8 products at a time.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// What every processor of this architecture has.
+    Baseline,
+}
+
+impl Isa {
+    /// All that this processor has, the fastest first.
+    pub(super) fn available() -> impl Iterator<Item = Self> {
+        #[cfg(target_arch = "x86_64")]
+        let found = [
+            std::is_x86_feature_detected!("avx512f").then_some(Self::Avx512),
+            (std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma")).then_some(Self::Avx2),
+        ];
+        #[cfg(not(target_arch = "x86_64"))]
+        let found: [Option<Self>; 0] = [];
+        found.into_iter().flatten().chain([Self::Baseline])
+    }
+
+    /// The fastest that this processor has.
+    pub(super) fn best() -> Self {
+        Self::available().next().unwrap_or(Self::Baseline)
+    }
+
+    /// Panels of a whole tile.
+    pub(super) fn panels(self) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => MOST_PANELS,
+            _ => 1,
+        }
+    }
+
+    /// `tile[r] += x[r] * w`: `x` are the rows (6 at most), `w` the panels ([`Self::panels`] at most).
+    ///
+    /// # Panics
+    /// If there are more, or one is too short.
+    #[inline]
+    pub(super) fn accumulate(self, walk: Walk, x: &[&[f32]], w: &[&[f32]], tile: &mut Tile) {
+        assert!(walk.fits(x, w), "a segment is too short");
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                #[expect(unsafe_code, reason = "calling functions compiled for a detected feature")]
+                // SAFETY: the processor has AVX-512 (`available`), and the lengths were checked just above.
+                unsafe {
+                    match w.len() {
+                        1 => x86::rows_512::<1>(walk, x, w, tile),
+                        2 => x86::rows_512::<2>(walk, x, w, tile),
+                        3 => x86::rows_512::<3>(walk, x, w, tile),
+                        _ => x86::rows_512::<4>(walk, x, w, tile),
+                    }
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => {
+                #[expect(unsafe_code, reason = "calling a function compiled for detected features")]
+                // SAFETY: the processor has AVX2 and FMA.
+                unsafe {
+                    x86::rows_256(walk, x, w[0], tile);
+                }
+            }
+            // On aarch64 a fused multiply-add is an instruction of the baseline, on old x86 a slow library call.
+            Self::Baseline => rows::<{ cfg!(target_arch = "aarch64") }>(walk, x, w[0], tile),
+        }
+    }
+}
+
+#[inline(always)]
+fn rows<const FMA: bool>(walk: Walk, x: &[&[f32]], w: &[f32], tile: &mut Tile) {
+    match x {
+        [a] => panel::<1, FMA>(walk, &[a], w, tile),
+        [a, b] => panel::<2, FMA>(walk, &[a, b], w, tile),
+        [a, b, c] => panel::<3, FMA>(walk, &[a, b, c], w, tile),
+        [a, b, c, d] => panel::<4, FMA>(walk, &[a, b, c, d], w, tile),
+        [a, b, c, d, e] => panel::<5, FMA>(walk, &[a, b, c, d, e], w, tile),
+        [a, b, c, d, e, f] => panel::<6, FMA>(walk, &[a, b, c, d, e, f], w, tile),
+        _ => unreachable!("a tile has one to six rows"),
+    }
+}
+
+#[inline(always)]
+fn panel<const M: usize, const FMA: bool>(walk: Walk, x: &[&[f32]; M], w: &[f32], tile: &mut Tile) {
+    let mut sums: [[f32; WIDTH]; M] = std::array::from_fn(|r| std::array::from_fn(|j| tile[r][j]));
+    assert!(walk.fits(x, &[w]), "a segment is too short");
+    for p in 0..walk.len {
+        #[expect(
+            unsafe_code,
+            reason = "bounds checks in the innermost loop cost a third of its speed"
+        )]
+        // SAFETY: `p < len`, and that many fit (asserted above).
+        let (w, x): (&[f32; WIDTH], [f32; M]) = unsafe {
+            (
+                &*w.as_ptr().add(p * walk.panel_step).cast::<[f32; WIDTH]>(),
+                std::array::from_fn(|r| *x[r].get_unchecked(p * walk.row_step)),
+            )
+        };
+        for r in 0..M {
+            for j in 0..WIDTH {
+                sums[r][j] = if FMA {
+                    x[r].mul_add(w[j], sums[r][j])
+                } else {
+                    sums[r][j] + x[r] * w[j]
+                };
+            }
+        }
+    }
+    for (row, sums) in tile.iter_mut().zip(&sums) {
+        row[..WIDTH].copy_from_slice(sums);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    #![expect(unsafe_code, reason = "loads and stores by pointer, in the innermost loop")]
+    use std::arch::x86_64::{
+        __m512, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+    };
+
+    use super::{HEIGHT, MOST_PANELS, Tile, WIDTH, Walk};
+
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn rows_256(walk: Walk, x: &[&[f32]], w: &[f32], tile: &mut Tile) {
+        super::rows::<true>(walk, x, w, tile);
+    }
+
+    /// # Safety
+    /// `walk` must fit the rows and the `P` panels.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn rows_512<const P: usize>(walk: Walk, x: &[&[f32]], w: &[&[f32]], tile: &mut Tile) {
+        assert!(w.len() == P && P <= MOST_PANELS, "a tile has one to four panels");
+        // SAFETY: passed on.
+        unsafe {
+            match x.len() {
+                1 => panels::<1, P>(walk, x, w, tile),
+                2 => panels::<2, P>(walk, x, w, tile),
+                3 => panels::<3, P>(walk, x, w, tile),
+                4 => panels::<4, P>(walk, x, w, tile),
+                5 => panels::<5, P>(walk, x, w, tile),
+                6 => panels::<6, P>(walk, x, w, tile),
+                _ => unreachable!("a tile has one to six rows"),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`rows_512`]; there are `M` rows.
+    #[target_feature(enable = "avx512f")]
+    unsafe fn panels<const M: usize, const P: usize>(walk: Walk, x: &[&[f32]], w: &[&[f32]], tile: &mut Tile) {
+        const { assert!(M <= HEIGHT && P <= MOST_PANELS) };
+        let x: [*const f32; M] = std::array::from_fn(|r| x[r].as_ptr());
+        let w: [*const f32; P] = std::array::from_fn(|q| w[q].as_ptr());
+        // SAFETY: a tile's row holds `P` times 16 values; the rest is the caller's promise.
+        unsafe {
+            let mut sums: [[__m512; P]; M] =
+                std::array::from_fn(|r| std::array::from_fn(|q| _mm512_loadu_ps(tile[r].as_ptr().add(q * WIDTH))));
+            for p in 0..walk.len {
+                let (row, panel) = (p * walk.row_step, p * walk.panel_step);
+                let mut columns = [_mm512_setzero_ps(); P];
+                for q in 0..P {
+                    columns[q] = _mm512_loadu_ps(w[q].add(panel));
+                }
+                for r in 0..M {
+                    let value = _mm512_set1_ps(*x[r].add(row));
+                    for q in 0..P {
+                        sums[r][q] = _mm512_fmadd_ps(value, columns[q], sums[r][q]);
+                    }
+                }
+            }
+            for (row, sums) in tile.iter_mut().zip(sums) {
+                for (q, sum) in sums.into_iter().enumerate() {
+                    _mm512_storeu_ps(row.as_mut_ptr().add(q * WIDTH), sum);
+                }
+            }
+        }
+    }
+}
