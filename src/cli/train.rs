@@ -13,6 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use lorad::{
+    executor::KEEP_FREED_MEMORY,
     ingest::{self, IngestError, Limits, Source, inspect::ChildInspector},
     trainer::{Reporter, TrainerCatalog, run_attempt},
 };
@@ -30,6 +31,8 @@ use super::{Exit, args::Train, models, print_problem_details, progress::Progress
 
 /// Runs the command.
 pub(crate) fn run(args: &Train) -> Result<Exit> {
+    #[cfg(unix)]
+    start_again_for_the_allocator();
     let (base_id, base_dir) = models::locate(&args.base, &args.settings)?;
     let base = TrainerCatalog.inspect_base(&base_dir)?;
     let hyperparameters = resolve(&base, &args.set)?;
@@ -106,6 +109,24 @@ pub(crate) fn run(args: &Train) -> Result<Exit> {
         None => None,
     };
     finish(train(spec, metrics)?, &attempt_dir, &out)
+}
+
+/// Replaces this process by the same command with the allocator's setting in its environment, where it is not yet: trainers that
+/// the server starts get it from their executor. If that fails, training is merely slower.
+#[cfg(unix)]
+fn start_again_for_the_allocator() {
+    use std::os::unix::process::CommandExt;
+
+    let (name, value) = KEEP_FREED_MEMORY;
+    if std::env::var_os(name).is_some() {
+        return;
+    }
+    if let Ok(program) = std::env::current_exe() {
+        let mut command = std::process::Command::new(program);
+        // Returns only if it fails.
+        let error = command.args(std::env::args_os().skip(1)).env(name, value).exec();
+        tracing::debug!(%error, "could not start again with {name}");
+    }
 }
 
 /// Defaults filled in, every wrong option named.

@@ -118,9 +118,7 @@ impl Executor for LocalExecutor {
             .env(crate::agent::ENV_HEARTBEAT_MS, launch.heartbeat_ms.to_string())
             .env(crate::agent::ENV_LEASE_MS, launch.lease_ms.to_string())
             .env(crate::agent::ENV_NICE, launch.nice.to_string())
-            // A training step frees and takes the same blocks again: handing them back to the kernel after mimalloc's 10 ms
-            // costs a page fault for each. Milliseconds.
-            .env("MIMALLOC_PURGE_DELAY", "1000")
+            .env(super::KEEP_FREED_MEMORY.0, super::KEEP_FREED_MEMORY.1)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -321,7 +319,7 @@ mod tests {
                 || name.starts_with("LORAD_")
                 || [
                     "RAYON_NUM_THREADS",
-                    "MIMALLOC_PURGE_DELAY",
+                    super::super::KEEP_FREED_MEMORY.0,
                     "PWD",
                     "SHLVL",
                     "_",

@@ -1,5 +1,7 @@
 //! Multi-head attention that keeps no score matrix for the backward.
 
+use std::ops::Range;
+
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
@@ -7,9 +9,10 @@ use super::{
     attach::{Value, attach, saved, with_values},
     buffer::room,
     composed,
-    gemm::{Into, matmul},
+    gemm::{Destination, tiles},
+    kernel::Walk,
     math::{dot, exp, sum, vectorized},
-    packed::Mat,
+    packed::{Mat, Packed, Panels, WIDTH},
 };
 
 /// Query rows whose scores are held at once, per thread.
@@ -53,33 +56,22 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool)
     let (q_, k_, v_) = (saved(q)?, saved(k)?, saved(v)?);
     let blocks = lq.div_ceil(QUERY_ROWS);
     let y = with_values([&q_, &k_, &v_], |[q, k, v]| {
-        let parts: Vec<Vec<f32>> = (0..b * heads * blocks)
-            .into_par_iter()
-            .map(|i| {
-                let rows = i % blocks * QUERY_ROWS..lq.min((i % blocks + 1) * QUERY_ROWS);
-                sizes.forward(q, k, v, i / blocks, rows)
-            })
-            .collect();
-        let parts: Vec<Vec<f32>> = parts.chunks(blocks).map(<[Vec<f32>]>::concat).collect();
-        Ok(sizes.interleave(&parts, lq))
+        let mut y = room(q.len());
+        let out = Destination::new(&mut y);
+        (0..b * heads * blocks).into_par_iter().for_each(|i| {
+            let rows = i % blocks * QUERY_ROWS..lq.min((i % blocks + 1) * QUERY_ROWS);
+            sizes.forward(q, k, v, i / blocks, rows, &out);
+        });
+        Ok(y)
     })?;
     attach("attention", &[q, k, v], Value::Cpu(y), (b, lq, c), move |g, _| {
         let (dq, dk, dv) = with_values([&q_, &k_, &v_, g], |[q, k, v, g]| {
-            let parts: Vec<[Vec<f32>; 3]> = (0..b * heads)
+            let (mut dq, mut dk, mut dv) = (room(q.len()), room(k.len()), room(v.len()));
+            let out = [&mut dq, &mut dk, &mut dv].map(|values| Destination::new(values));
+            (0..b * heads)
                 .into_par_iter()
-                .map(|i| sizes.backward([q, k, v, g], i))
-                .collect();
-            let [mut dq, mut dk, mut dv] = [(); 3].map(|()| Vec::with_capacity(parts.len()));
-            for [a, b, c] in parts {
-                dq.push(a);
-                dk.push(b);
-                dv.push(c);
-            }
-            Ok((
-                sizes.interleave(&dq, lq),
-                sizes.interleave(&dk, lk),
-                sizes.interleave(&dv, lk),
-            ))
+                .for_each(|i| sizes.backward([q, k, v, g], i, &out));
+            Ok((dq, dk, dv))
         })?;
         Ok([
             Some(Tensor::from_vec(dq, (b, lq, c), g.device())?),
@@ -99,81 +91,120 @@ struct Sizes {
 }
 
 impl Sizes {
-    /// Rows `rows` of head `i` (counted over the batch) of a `(b, l, heads * d)` tensor.
-    fn head<'a>(&self, values: &'a [f32], i: usize, l: usize, rows: std::ops::Range<usize>) -> Mat<'a> {
-        let c = self.heads * self.d;
-        let at = (i / self.heads * l + rows.start) * c + i % self.heads * self.d;
-        Mat::rows(&values[at..], rows.len(), self.d, c)
+    /// Where row `row` of head `i` (counted over the batch) of a `(b, l, heads * d)` tensor starts.
+    fn at(&self, i: usize, l: usize, row: usize) -> usize {
+        (i / self.heads * l + row) * self.heads * self.d + i % self.heads * self.d
     }
 
-    /// Probabilities of query rows `rows`.
-    fn probabilities(&self, q: Mat<'_>, k: Mat<'_>, rows: std::ops::Range<usize>, p: &mut Vec<f32>) {
-        p.resize(rows.len() * self.lk, 0.0);
-        matmul(p, self.lk, q, k.t(), (self.d as f32).powf(-0.5), Into::Overwrite);
-        if self.causal {
-            for (p, row) in p.chunks_exact_mut(self.lk).zip(rows) {
-                p[row + 1..].fill(f32::NEG_INFINITY);
-            }
+    /// Head `i` of a `(b, l, heads * d)` tensor, as `(l, d)`.
+    fn head<'a>(&self, values: &'a [f32], i: usize, l: usize) -> Mat<'a> {
+        Mat::rows(&values[self.at(i, l, 0)..], l, self.d, self.heads * self.d)
+    }
+
+    /// Scores of a query take this many values: whole panels.
+    fn stride(&self) -> usize {
+        self.lk.next_multiple_of(WIDTH)
+    }
+
+    /// `out[row] = factor * x[row] w` for rows `rows` of head `i` of `x`; `out` has rows [`Self::stride`] apart.
+    fn scores(&self, x: &[f32], i: usize, rows: Range<usize>, w: &Packed, factor: f32, out: &mut Vec<f32>) {
+        let stride = self.stride();
+        out.resize(rows.len() * stride, 0.0);
+        let row = |r: usize| &x[self.at(i, self.lq, rows.start + r)..][..self.d];
+        tiles(
+            Walk::dense(self.d),
+            rows.len(),
+            row,
+            w.panels(),
+            &mut |r, first, sums| {
+                let out = &mut out[r * stride + first..][..sums.len()];
+                out.iter_mut().zip(sums).for_each(|(o, s)| *o = factor * s);
+            },
+        );
+    }
+
+    /// Probabilities of query rows `rows`; `k` is the head's keys, transposed.
+    fn probabilities(&self, q: &[f32], i: usize, rows: Range<usize>, k: &Packed, p: &mut Vec<f32>) {
+        self.scores(q, i, rows.clone(), k, (self.d as f32).powf(-0.5), p);
+        for (p, row) in p.chunks_exact_mut(self.stride()).zip(rows) {
+            let seen = if self.causal { row + 1 } else { self.lk };
+            p[seen..].fill(f32::NEG_INFINITY);
         }
-        softmax_rows(p, self.lk);
+        softmax_rows(p, self.stride());
     }
 
-    fn forward(&self, q: &[f32], k: &[f32], v: &[f32], i: usize, rows: std::ops::Range<usize>) -> Vec<f32> {
-        let (k, v) = (
-            self.head(k, i, self.lk, 0..self.lk),
-            self.head(v, i, self.lk, 0..self.lk),
+    /// `out[row] = factor * p[row] w` to rows `rows` of head `i`.
+    fn mix(&self, p: &[f32], w: &Packed, i: usize, rows: Range<usize>, factor: f32, out: &Destination) {
+        let row = |r: usize| &p[r * self.stride()..][..self.lk];
+        tiles(
+            Walk::dense(self.lk),
+            rows.len(),
+            row,
+            w.panels(),
+            &mut |r, first, sums| {
+                let n = sums.len().min(self.d - first);
+                let out = out.slice(self.at(i, self.lq, rows.start + r) + first, n);
+                out.iter_mut().zip(sums).for_each(|(o, s)| *o = factor * s);
+            },
         );
+    }
+
+    /// `out += xᵀ p`, `(d, stride)`, of rows `rows` of head `i` of `x`.
+    fn gather(&self, x: &[f32], p: &[f32], i: usize, rows: Range<usize>, out: &mut [f32]) {
+        let stride = self.stride();
+        let walk = Walk {
+            len: rows.len(),
+            row_step: self.heads * self.d,
+            panel_step: stride,
+        };
+        let from = self.at(i, self.lq, rows.start);
+        let panels = Panels {
+            values: p,
+            count: stride / WIDTH,
+            distance: WIDTH,
+        };
+        tiles(walk, self.d, |j| &x[from + j..], panels, &mut |j, first, sums| {
+            let out = &mut out[j * stride + first..][..sums.len()];
+            out.iter_mut().zip(sums).for_each(|(o, s)| *o += s);
+        });
+    }
+
+    fn forward(&self, q: &[f32], k: &[f32], v: &[f32], i: usize, rows: Range<usize>, out: &Destination) {
+        let k = Packed::new(self.head(k, i, self.lk).t());
+        let v = Packed::new(self.head(v, i, self.lk));
         let mut p = Vec::new();
-        self.probabilities(self.head(q, i, self.lq, rows.clone()), k, rows.clone(), &mut p);
-        let mut y = room(rows.len() * self.d);
-        matmul(
-            &mut y,
-            self.d,
-            Mat::rows(&p, rows.len(), self.lk, self.lk),
-            v,
-            1.0,
-            Into::Overwrite,
-        );
-        y
+        self.probabilities(q, i, rows.clone(), &k, &mut p);
+        self.mix(&p, &v, i, rows, 1.0, out);
     }
 
     /// `dv = pᵀ g`, `dp = g vᵀ`, `ds = p (dp - Σ p dp)`, `dq = ds k`, `dk = dsᵀ q`.
-    fn backward(&self, [q, k, v, g]: [&[f32]; 4], i: usize) -> [Vec<f32>; 3] {
+    fn backward(&self, [q, k, v, g]: [&[f32]; 4], i: usize, [out_q, out_k, out_v]: &[Destination; 3]) {
         let Self { lq, lk, d, .. } = *self;
-        let scale = (d as f32).powf(-0.5);
-        let (k, v) = (self.head(k, i, lk, 0..lk), self.head(v, i, lk, 0..lk));
-        let (mut dq, mut dk, mut dv) = (room(lq * d), vec![0.0; lk * d], vec![0.0; lk * d]);
+        let (scale, stride) = ((d as f32).powf(-0.5), self.stride());
+        let keys = Packed::new(self.head(k, i, lk));
+        let (k, v) = (self.head(k, i, lk).t(), self.head(v, i, lk).t());
+        let (k, v) = (Packed::new(k), Packed::new(v));
+        let (mut dk, mut dv) = (vec![0.0; d * stride], vec![0.0; d * stride]);
         let (mut p, mut dp) = (Vec::new(), Vec::new());
         for start in (0..lq).step_by(QUERY_ROWS) {
             let rows = start..lq.min(start + QUERY_ROWS);
-            let n = rows.len();
-            let (q, g) = (self.head(q, i, lq, rows.clone()), self.head(g, i, lq, rows.clone()));
-            self.probabilities(q, k, rows.clone(), &mut p);
-            matmul(&mut dv, d, Mat::rows(&p, n, lk, lk).t(), g, 1.0, Into::Add);
-            dp.resize(n * lk, 0.0);
-            matmul(&mut dp, lk, g, v.t(), 1.0, Into::Overwrite);
-            score_grads(&mut dp, &p, lk);
-            let ds = Mat::rows(&dp, n, lk, lk);
-            matmul(&mut dq[start * d..], d, ds, k, scale, Into::Overwrite);
-            matmul(&mut dk, d, ds.t(), q, scale, Into::Add);
+            self.probabilities(q, i, rows.clone(), &k, &mut p);
+            self.gather(g, &p, i, rows.clone(), &mut dv);
+            self.scores(g, i, rows.clone(), &v, 1.0, &mut dp);
+            score_grads(&mut dp, &p, stride);
+            self.mix(&dp, &keys, i, rows.clone(), scale, out_q);
+            self.gather(q, &dp, i, rows, &mut dk);
         }
-        [dq, dk, dv]
-    }
-
-    /// Per-head `(l, d)` parts to `(b, l, heads * d)`.
-    fn interleave(&self, parts: &[Vec<f32>], l: usize) -> Vec<f32> {
-        let (d, c) = (self.d, self.heads * self.d);
-        let mut out = room(parts.len() * l * d);
-        out.par_chunks_mut(l * c)
-            .zip(parts.par_chunks(self.heads))
-            .for_each(|(out, parts)| {
-                for (h, part) in parts.iter().enumerate() {
-                    for (row, values) in out.chunks_exact_mut(c).zip(part.chunks_exact(d)) {
-                        row[h * d..(h + 1) * d].copy_from_slice(values);
+        for (from, factor, out) in [(&dk, scale, out_k), (&dv, 1.0, out_v)] {
+            // By 16 rows, so that both sides stay in the cache.
+            for first in (0..lk).step_by(WIDTH) {
+                for (j, from) in from.chunks_exact(stride).enumerate() {
+                    for (row, value) in from.iter().enumerate().take(lk).skip(first).take(WIDTH) {
+                        out.slice(self.at(i, lk, row) + j, 1)[0] = factor * value;
                     }
                 }
-            });
-        out
+            }
+        }
     }
 }
 

@@ -8,7 +8,7 @@
 //!
 //! Every value is summed in the order of the inner dimension by one thread: results do not depend on the thread count, nor on
 //! how wide the processor's registers are.
-//! The other operand shapes (attention, adapters) go through the `gemm` crate in [`matmul`].
+//! Attention's small products are made of [`tiles`] on the thread that asks.
 
 use std::ops::Range;
 
@@ -17,7 +17,7 @@ use rayon::prelude::*;
 use super::{
     buffer::room,
     kernel::{HEIGHT, Isa, MOST_PANELS, Tile, Walk},
-    packed::{Mat, Operand, Packed, WIDTH, fits},
+    packed::{Operand, Packed, Panels, WIDTH},
 };
 
 /// Inner length walked per tile before moving on: the weights of a tile's panels (24 to 96 KB) and the rows of a task (720 KB at
@@ -233,6 +233,7 @@ impl<'a, S: Fn(usize, usize) -> &'a [f32] + Sync> Job<'_, S> {
         };
         let group = self.isa.panels();
         let mut scratch = self.weights.scratch(group * taps_per * part * WIDTH);
+        let mut sums: Tile = [[0.0; MOST_PANELS * WIDTH]; HEIGHT];
         for first_tap in (0..self.taps).step_by(taps_per) {
             let taps = first_tap..(first_tap + taps_per).min(self.taps);
             for from in (0..segment_len).step_by(part.max(1)) {
@@ -252,7 +253,7 @@ impl<'a, S: Fn(usize, usize) -> &'a [f32] + Sync> Job<'_, S> {
                         inner: inner.clone(),
                     };
                     for row in rows.clone().step_by(HEIGHT) {
-                        self.tile(row..(row + HEIGHT).min(rows.end), &block);
+                        self.tile(row..(row + HEIGHT).min(rows.end), &block, &mut sums);
                     }
                 }
             }
@@ -260,34 +261,39 @@ impl<'a, S: Fn(usize, usize) -> &'a [f32] + Sync> Job<'_, S> {
     }
 
     #[inline(always)]
-    fn tile(&self, rows: Range<usize>, block: &Block<'_>) {
+    fn tile(&self, rows: Range<usize>, block: &Block<'_>, sums: &mut Tile) {
         let (width, m, count) = (self.width, rows.len(), block.panels.len());
         let first = block.panels.start * WIDTH;
         let n = (count * WIDTH).min(width - first);
-        let mut sums: Tile = [[0.0; MOST_PANELS * WIDTH]; HEIGHT];
         let size = block.inner.len() * WIDTH;
         let is_first = block.taps.start == 0 && block.inner.start == 0;
+        let mut add = false;
         if let Some(Beside { rows: values, weights }) = self.beside.filter(|_| is_first) {
             let depth = weights.plain().depth();
             let w = weights
                 .plain()
                 .blocks(block.panels.clone(), 0..1, depth, 0..depth, &mut []);
-            let x: [&[f32]; HEIGHT] = std::array::from_fn(|r| {
-                let row = rows.start + r.min(m - 1);
-                &values[row * depth..(row + 1) * depth]
-            });
-            self.isa.accumulate(Walk::dense(depth), &x[..m], &w[..count], &mut sums);
+            let mut x: [&[f32]; HEIGHT] = [&[]; HEIGHT];
+            for (x, row) in x.iter_mut().zip(rows.clone()) {
+                *x = &values[row * depth..(row + 1) * depth];
+            }
+            self.isa
+                .accumulate(Walk::dense(depth), &x[..m], &w[..count], false, sums);
+            add = true;
         }
         for (i, tap) in block.taps.clone().enumerate() {
-            let x: [&[f32]; HEIGHT] =
-                std::array::from_fn(|r| &(self.segment)(rows.start + r.min(m - 1), tap)[block.inner.clone()]);
-            let w = block
-                .weights
-                .map(|w| w.get(i * size..(i + 1) * size).unwrap_or_default());
-            self.isa
-                .accumulate(Walk::dense(block.inner.len()), &x[..m], &w[..count], &mut sums);
+            let (mut x, mut w): ([&[f32]; HEIGHT], [&[f32]; MOST_PANELS]) = ([&[]; HEIGHT], [&[]; MOST_PANELS]);
+            for (x, row) in x.iter_mut().zip(rows.clone()) {
+                *x = &(self.segment)(row, tap)[block.inner.clone()];
+            }
+            for (w, panel) in w[..count].iter_mut().zip(&block.weights) {
+                *w = &panel[i * size..(i + 1) * size];
+            }
+            let walk = Walk::dense(block.inner.len());
+            self.isa.accumulate(walk, &x[..m], &w[..count], add, sums);
+            add = true;
         }
-        for (row, sums) in rows.zip(&sums) {
+        for (row, sums) in rows.zip(sums.iter()) {
             let at = row * width + first;
             let out = self.dst.slice(at, n);
             if !is_first {
@@ -356,12 +362,12 @@ fn outer_products(isa: Isa, u: &[f32], r: usize, x: &[f32], n: usize, columns: R
             &[]
         }
     });
+    let mut sums: Tile = [[0.0; MOST_PANELS * WIDTH]; HEIGHT];
     for first in (0..r).step_by(4) {
         let rows = first..(first + 4).min(r);
         if whole > 0 {
-            let mut sums: Tile = [[0.0; MOST_PANELS * WIDTH]; HEIGHT];
             let values: [&[f32]; 4] = std::array::from_fn(|i| &u[(first + i).min(r - 1)..]);
-            isa.accumulate(walk, &values[..rows.len()], &panels[..whole], &mut sums);
+            isa.accumulate(walk, &values[..rows.len()], &panels[..whole], false, &mut sums);
             for (i, sums) in rows.clone().zip(&sums) {
                 let out = out.slice(i * n + columns.start, whole * WIDTH);
                 out.copy_from_slice(&sums[..whole * WIDTH]);
@@ -377,62 +383,38 @@ fn outer_products(isa: Isa, u: &[f32], r: usize, x: &[f32], n: usize, columns: R
     }
 }
 
-/// What happens to the destination's old values in [`matmul`].
-#[derive(Clone, Copy, PartialEq)]
-pub(super) enum Into {
-    /// They are overwritten.
-    Overwrite,
-    /// The product is added to them.
-    Add,
-}
-
-/// `dst (+)= factor * lhs * rhs` on the calling thread; `dst` is row-major with rows `dst_stride` apart.
-///
-/// # Panics
-/// If shapes do not fit or a view leaves its slice.
-pub(super) fn matmul(dst: &mut [f32], dst_stride: usize, lhs: Mat<'_>, rhs: Mat<'_>, factor: f32, into: Into) {
-    let (m, k, n) = (lhs.rows, lhs.cols, rhs.cols);
-    assert!(rhs.rows == k, "inner sizes {k} and {}", rhs.rows);
-    assert!(
-        lhs.fits() && rhs.fits() && fits(dst.len(), m, n, dst_stride, 1),
-        "a matrix view leaves its slice"
-    );
-    assert!(dst_stride >= n, "rows of the destination overlap");
-    #[expect(
-        unsafe_code,
-        reason = "gemm's interface is raw pointers; the views were checked just above"
-    )]
-    // SAFETY: every index that gemm touches lies inside its slice (`fits`), and `dst` is borrowed mutably, so it
-    // overlaps neither operand.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            dst.as_mut_ptr(),
-            1,
-            dst_stride as isize,
-            into == Into::Add,
-            lhs.data.as_ptr(),
-            lhs.col_stride as isize,
-            lhs.row_stride as isize,
-            rhs.data.as_ptr(),
-            rhs.col_stride as isize,
-            rhs.row_stride as isize,
-            1.0,
-            factor,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
+/// `rows` rows times `panels`, on the calling thread: `store(row, first column, sums)` for each row of each tile.
+pub(super) fn tiles<'a>(
+    walk: Walk,
+    rows: usize,
+    row: impl Fn(usize) -> &'a [f32],
+    panels: Panels<'_>,
+    store: &mut impl FnMut(usize, usize, &[f32]),
+) {
+    let isa = Isa::best();
+    let mut sums: Tile = [[0.0; MOST_PANELS * WIDTH]; HEIGHT];
+    for first in (0..panels.count).step_by(isa.panels()) {
+        let count = isa.panels().min(panels.count - first);
+        let mut w: [&[f32]; MOST_PANELS] = [&[]; MOST_PANELS];
+        for (p, w) in w[..count].iter_mut().enumerate() {
+            *w = &panels.values[(first + p) * panels.distance..];
+        }
+        for start in (0..rows).step_by(HEIGHT) {
+            let m = HEIGHT.min(rows - start);
+            let mut x: [&[f32]; HEIGHT] = [&[]; HEIGHT];
+            x[..m].iter_mut().enumerate().for_each(|(r, x)| *x = row(start + r));
+            isa.accumulate(walk, &x[..m], &w[..count], false, &mut sums);
+            for (r, sums) in sums[..m].iter().enumerate() {
+                store(start + r, first * WIDTH, &sums[..count * WIDTH]);
+            }
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::packed::{Packed, WeightType};
+    use crate::ops::packed::{Mat, WeightType};
 
     fn numbers(n: usize, seed: u32) -> Vec<f32> {
         let mut state = seed;

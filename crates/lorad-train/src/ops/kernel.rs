@@ -83,12 +83,12 @@ impl Isa {
         }
     }
 
-    /// `tile[r] += x[r] * w`: `x` are the rows (6 at most), `w` the panels ([`Self::panels`] at most).
+    /// `tile[r] = x[r] * w`, plus the old `tile[r]` if `add`: `x` are the rows (6 at most), `w` the panels ([`Self::panels`] at most).
     ///
     /// # Panics
     /// If there are more, or one is too short.
     #[inline]
-    pub(super) fn accumulate(self, walk: Walk, x: &[&[f32]], w: &[&[f32]], tile: &mut Tile) {
+    pub(super) fn accumulate(self, walk: Walk, x: &[&[f32]], w: &[&[f32]], add: bool, tile: &mut Tile) {
         assert!(walk.fits(x, w), "a segment is too short");
         match self {
             #[cfg(target_arch = "x86_64")]
@@ -97,10 +97,10 @@ impl Isa {
                 // SAFETY: the processor has AVX-512 (`available`), and the lengths were checked just above.
                 unsafe {
                     match w.len() {
-                        1 => x86::rows_512::<1>(walk, x, w, tile),
-                        2 => x86::rows_512::<2>(walk, x, w, tile),
-                        3 => x86::rows_512::<3>(walk, x, w, tile),
-                        _ => x86::rows_512::<4>(walk, x, w, tile),
+                        1 => x86::rows_512::<1>(walk, x, w, add, tile),
+                        2 => x86::rows_512::<2>(walk, x, w, add, tile),
+                        3 => x86::rows_512::<3>(walk, x, w, add, tile),
+                        _ => x86::rows_512::<4>(walk, x, w, add, tile),
                     }
                 }
             }
@@ -109,31 +109,36 @@ impl Isa {
                 #[expect(unsafe_code, reason = "calling a function compiled for detected features")]
                 // SAFETY: the processor has AVX2 and FMA.
                 unsafe {
-                    x86::rows_256(walk, x, w[0], tile);
+                    x86::rows_256(walk, x, w[0], add, tile);
                 }
             }
             // On aarch64 a fused multiply-add is an instruction of the baseline, on old x86 a slow library call.
-            Self::Baseline => rows::<{ cfg!(target_arch = "aarch64") }>(walk, x, w[0], tile),
+            Self::Baseline => rows::<{ cfg!(target_arch = "aarch64") }>(walk, x, w[0], add, tile),
         }
     }
 }
 
 #[inline(always)]
-fn rows<const FMA: bool>(walk: Walk, x: &[&[f32]], w: &[f32], tile: &mut Tile) {
+fn rows<const FMA: bool>(walk: Walk, x: &[&[f32]], w: &[f32], add: bool, tile: &mut Tile) {
     match x {
-        [a] => panel::<1, FMA>(walk, &[a], w, tile),
-        [a, b] => panel::<2, FMA>(walk, &[a, b], w, tile),
-        [a, b, c] => panel::<3, FMA>(walk, &[a, b, c], w, tile),
-        [a, b, c, d] => panel::<4, FMA>(walk, &[a, b, c, d], w, tile),
-        [a, b, c, d, e] => panel::<5, FMA>(walk, &[a, b, c, d, e], w, tile),
-        [a, b, c, d, e, f] => panel::<6, FMA>(walk, &[a, b, c, d, e, f], w, tile),
+        [a] => panel::<1, FMA>(walk, &[a], w, add, tile),
+        [a, b] => panel::<2, FMA>(walk, &[a, b], w, add, tile),
+        [a, b, c] => panel::<3, FMA>(walk, &[a, b, c], w, add, tile),
+        [a, b, c, d] => panel::<4, FMA>(walk, &[a, b, c, d], w, add, tile),
+        [a, b, c, d, e] => panel::<5, FMA>(walk, &[a, b, c, d, e], w, add, tile),
+        [a, b, c, d, e, f] => panel::<6, FMA>(walk, &[a, b, c, d, e, f], w, add, tile),
         _ => unreachable!("a tile has one to six rows"),
     }
 }
 
 #[inline(always)]
-fn panel<const M: usize, const FMA: bool>(walk: Walk, x: &[&[f32]; M], w: &[f32], tile: &mut Tile) {
-    let mut sums: [[f32; WIDTH]; M] = std::array::from_fn(|r| std::array::from_fn(|j| tile[r][j]));
+fn panel<const M: usize, const FMA: bool>(walk: Walk, x: &[&[f32]; M], w: &[f32], add: bool, tile: &mut Tile) {
+    let mut sums = [[0.0; WIDTH]; M];
+    if add {
+        for (sums, row) in sums.iter_mut().zip(tile.iter()) {
+            sums.copy_from_slice(&row[..WIDTH]);
+        }
+    }
     assert!(walk.fits(x, &[w]), "a segment is too short");
     for p in 0..walk.len {
         #[expect(
@@ -165,31 +170,29 @@ fn panel<const M: usize, const FMA: bool>(walk: Walk, x: &[&[f32]; M], w: &[f32]
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     #![expect(unsafe_code, reason = "loads and stores by pointer, in the innermost loop")]
-    use std::arch::x86_64::{
-        __m512, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
-    };
+    use std::arch::x86_64::{_mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps};
 
     use super::{HEIGHT, MOST_PANELS, Tile, WIDTH, Walk};
 
     #[target_feature(enable = "avx2,fma")]
-    pub(super) fn rows_256(walk: Walk, x: &[&[f32]], w: &[f32], tile: &mut Tile) {
-        super::rows::<true>(walk, x, w, tile);
+    pub(super) fn rows_256(walk: Walk, x: &[&[f32]], w: &[f32], add: bool, tile: &mut Tile) {
+        super::rows::<true>(walk, x, w, add, tile);
     }
 
     /// # Safety
     /// `walk` must fit the rows and the `P` panels.
     #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn rows_512<const P: usize>(walk: Walk, x: &[&[f32]], w: &[&[f32]], tile: &mut Tile) {
+    pub(super) unsafe fn rows_512<const P: usize>(walk: Walk, x: &[&[f32]], w: &[&[f32]], add: bool, tile: &mut Tile) {
         assert!(w.len() == P && P <= MOST_PANELS, "a tile has one to four panels");
         // SAFETY: passed on.
         unsafe {
             match x.len() {
-                1 => panels::<1, P>(walk, x, w, tile),
-                2 => panels::<2, P>(walk, x, w, tile),
-                3 => panels::<3, P>(walk, x, w, tile),
-                4 => panels::<4, P>(walk, x, w, tile),
-                5 => panels::<5, P>(walk, x, w, tile),
-                6 => panels::<6, P>(walk, x, w, tile),
+                1 => panels::<1, P>(walk, x, w, add, tile),
+                2 => panels::<2, P>(walk, x, w, add, tile),
+                3 => panels::<3, P>(walk, x, w, add, tile),
+                4 => panels::<4, P>(walk, x, w, add, tile),
+                5 => panels::<5, P>(walk, x, w, add, tile),
+                6 => panels::<6, P>(walk, x, w, add, tile),
                 _ => unreachable!("a tile has one to six rows"),
             }
         }
@@ -198,24 +201,42 @@ mod x86 {
     /// # Safety
     /// As [`rows_512`]; there are `M` rows.
     #[target_feature(enable = "avx512f")]
-    unsafe fn panels<const M: usize, const P: usize>(walk: Walk, x: &[&[f32]], w: &[&[f32]], tile: &mut Tile) {
+    unsafe fn panels<const M: usize, const P: usize>(
+        walk: Walk,
+        x: &[&[f32]],
+        w: &[&[f32]],
+        add: bool,
+        tile: &mut Tile,
+    ) {
         const { assert!(M <= HEIGHT && P <= MOST_PANELS) };
-        let x: [*const f32; M] = std::array::from_fn(|r| x[r].as_ptr());
-        let w: [*const f32; P] = std::array::from_fn(|q| w[q].as_ptr());
+        // Loops in place of `from_fn`, whose closures are not inlined into a function of other features.
+        let (mut rows, mut columns) = ([std::ptr::null(); M], [std::ptr::null(); P]);
+        for (to, x) in rows.iter_mut().zip(x) {
+            *to = x.as_ptr();
+        }
+        for (to, w) in columns.iter_mut().zip(w) {
+            *to = w.as_ptr();
+        }
         // SAFETY: a tile's row holds `P` times 16 values; the rest is the caller's promise.
         unsafe {
-            let mut sums: [[__m512; P]; M] =
-                std::array::from_fn(|r| std::array::from_fn(|q| _mm512_loadu_ps(tile[r].as_ptr().add(q * WIDTH))));
+            let mut sums = [[_mm512_setzero_ps(); P]; M];
+            if add {
+                for (sums, row) in sums.iter_mut().zip(tile.iter()) {
+                    for (q, sum) in sums.iter_mut().enumerate() {
+                        *sum = _mm512_loadu_ps(row.as_ptr().add(q * WIDTH));
+                    }
+                }
+            }
             for p in 0..walk.len {
                 let (row, panel) = (p * walk.row_step, p * walk.panel_step);
-                let mut columns = [_mm512_setzero_ps(); P];
+                let mut values = [_mm512_setzero_ps(); P];
                 for q in 0..P {
-                    columns[q] = _mm512_loadu_ps(w[q].add(panel));
+                    values[q] = _mm512_loadu_ps(columns[q].add(panel));
                 }
                 for r in 0..M {
-                    let value = _mm512_set1_ps(*x[r].add(row));
+                    let value = _mm512_set1_ps(*rows[r].add(row));
                     for q in 0..P {
-                        sums[r][q] = _mm512_fmadd_ps(value, columns[q], sums[r][q]);
+                        sums[r][q] = _mm512_fmadd_ps(value, values[q], sums[r][q]);
                     }
                 }
             }

@@ -1,5 +1,7 @@
 //! Group norm and layer norm with frozen scale and shift: only the input gets a gradient.
 
+use std::ops::Range;
+
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
@@ -7,6 +9,7 @@ use super::{
     attach::{Value, attach, saved, with_values},
     buffer::room,
     composed,
+    gemm::Destination,
     math::{sigmoid, vectorized},
 };
 
@@ -35,76 +38,127 @@ pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps
     }
     let saved_x = saved(x)?;
     let (weight, bias): (Vec<f32>, Vec<f32>) = (weight.to_vec1()?, bias.to_vec1()?);
-    let per_sample = x.elem_count() / b.max(1);
+    let parts = Parts::new(b, x.elem_count() / (b * c).max(1), c);
     let size = c / groups;
-    // Per sample and channel: y = x * factor + shift.
-    let mut y = room(x.elem_count());
-    let mut stats = vec![(0.0_f32, 0.0_f32); b * groups];
-    with_values([&saved_x], |[x]| {
-        y.par_chunks_mut(per_sample)
-            .zip(stats.par_chunks_mut(groups))
-            .enumerate()
-            .for_each(|(i, (y, stats))| {
-                let x = &x[i * per_sample..(i + 1) * per_sample];
-                group_stats(x, c, size, eps as f32, stats);
-                let (factor, shift) = affine(stats, size, &weight, &bias);
-                normalize(x, &factor, &shift, silu, y);
-            });
-        Ok(())
+    let (y, stats) = with_values([&saved_x], |[x]| {
+        let stats = group_stats(x, &parts, size, eps as f32);
+        let affine = affine(&stats, size, &weight, &bias);
+        let mut y = room(x.len());
+        let out = Destination::new(&mut y);
+        parts.for_each(|sample, range| {
+            let (factor, shift) = &affine[sample];
+            normalize(
+                &x[range.clone()],
+                factor,
+                shift,
+                silu,
+                out.slice(range.start, range.len()),
+            );
+        });
+        Ok((y, stats))
     })?;
     let shape = x.shape().clone();
     let out_shape = shape.clone();
     attach("group-norm", &[x], Value::Cpu(y), out_shape, move |g, _| {
-        let mut dx = room(shape.elem_count());
-        with_values([&saved_x, g], |[x, g]| {
-            dx.par_chunks_mut(per_sample).enumerate().for_each(|(i, dx)| {
-                let range = i * per_sample..(i + 1) * per_sample;
-                let stats = &stats[i * groups..(i + 1) * groups];
-                let (factor, shift) = affine(stats, size, &weight, &bias);
-                group_norm_grad(
-                    &x[range.clone()],
-                    &g[range],
-                    stats,
-                    size,
-                    (&weight, &factor, &shift),
-                    silu,
-                    dx,
-                );
-            });
-            Ok(())
+        let dx = with_values([&saved_x, g], |[x, g]| {
+            Ok(group_norm_grad(x, g, &parts, &stats, (&weight, &bias), silu))
         })?;
         Ok([Some(Tensor::from_vec(dx, &shape, g.device())?), None, None])
     })
 }
 
-/// Mean and `1 / sqrt(variance + eps)` per group, in two passes; sums per channel first, then over the group in f64.
-fn group_stats(x: &[f32], c: usize, size: usize, eps: f32, stats: &mut [(f32, f32)]) {
-    let pixels = (x.len() / c) as f64 * size as f64;
-    let mut sums = vec![0.0_f32; c];
-    channel_sums(x, &mut sums);
-    for (stat, sums) in stats.iter_mut().zip(sums.chunks_exact(size)) {
-        stat.0 = (sums.iter().map(|v| f64::from(*v)).sum::<f64>() / pixels) as f32;
+/// Pixels of a part.
+const PIXELS: usize = 128;
+
+/// `(samples, pixels, channels)` cut into parts of pixels, which tasks take. The cut, and with it the order of every sum, is the
+/// same for any number of threads.
+#[derive(Debug, Clone, Copy)]
+struct Parts {
+    samples: usize,
+    pixels: usize,
+    channels: usize,
+}
+
+impl Parts {
+    fn new(samples: usize, pixels: usize, channels: usize) -> Self {
+        Self {
+            samples,
+            pixels,
+            channels,
+        }
     }
-    let means: Vec<f32> = (0..c).map(|j| stats[j / size].0).collect();
-    sums.fill(0.0);
-    channel_squares(x, &means, &mut sums);
-    for (stat, sums) in stats.iter_mut().zip(sums.chunks_exact(size)) {
-        let variance = sums.iter().map(|v| f64::from(*v)).sum::<f64>() / pixels;
-        stat.1 = (1.0 / (variance + f64::from(eps)).sqrt()) as f32;
+
+    fn per_sample(&self) -> usize {
+        self.pixels.div_ceil(PIXELS)
+    }
+
+    /// The sample and the values of a part.
+    fn part(&self, i: usize) -> (usize, Range<usize>) {
+        let (sample, first) = (i / self.per_sample(), i % self.per_sample() * PIXELS);
+        let at = |pixel: usize| (sample * self.pixels + pixel) * self.channels;
+        (sample, at(first)..at((first + PIXELS).min(self.pixels)))
+    }
+
+    fn for_each(&self, f: impl Fn(usize, Range<usize>) + Sync) {
+        let parts = self.samples * self.per_sample();
+        (0..parts).into_par_iter().for_each(|i| {
+            let (sample, range) = self.part(i);
+            f(sample, range);
+        });
+    }
+
+    /// Sums per sample and channel of what `f` adds up over a part, `N` at once: `(samples, channels)` each.
+    fn sums<const N: usize>(&self, f: impl Fn(usize, Range<usize>, &mut [Vec<f32>; N]) + Sync) -> [Vec<f64>; N] {
+        let parts: Vec<[Vec<f32>; N]> = (0..self.samples * self.per_sample())
+            .into_par_iter()
+            .map(|i| {
+                let (sample, range) = self.part(i);
+                let mut sums = [(); N].map(|()| vec![0.0; self.channels]);
+                f(sample, range, &mut sums);
+                sums
+            })
+            .collect();
+        let mut totals = [(); N].map(|()| vec![0.0; self.samples * self.channels]);
+        for (i, part) in parts.iter().enumerate() {
+            let first = i / self.per_sample() * self.channels;
+            for (total, part) in totals.iter_mut().zip(part) {
+                let total = &mut total[first..first + self.channels];
+                total.iter_mut().zip(part).for_each(|(t, p)| *t += f64::from(*p));
+            }
+        }
+        totals
     }
 }
 
-/// Per channel: `y = x * factor + shift`.
-fn affine(stats: &[(f32, f32)], size: usize, weight: &[f32], bias: &[f32]) -> (Vec<f32>, Vec<f32>) {
-    weight
-        .iter()
-        .zip(bias)
-        .enumerate()
-        .map(|(j, (w, b))| {
-            let (mean, rstd) = stats[j / size];
-            (w * rstd, b - mean * rstd * w)
-        })
-        .unzip()
+/// Mean and `1 / sqrt(variance + eps)` per sample and group, in two passes; sums per channel and part first, then in f64.
+fn group_stats(x: &[f32], parts: &Parts, size: usize, eps: f32) -> Vec<(f32, f32)> {
+    let (c, n) = (parts.channels, (parts.pixels * size) as f64);
+    let mean_of = |sums: &[f64]| -> Vec<f64> { sums.chunks_exact(size).map(|s| s.iter().sum::<f64>() / n).collect() };
+    let [sums] = parts.sums(|_, range, [sums]| channel_sums(&x[range], sums));
+    let means: Vec<f32> = mean_of(&sums).into_iter().map(|m| m as f32).collect();
+    let of_channels: Vec<f32> = means.iter().flat_map(|m| std::iter::repeat_n(*m, size)).collect();
+    let [squares] = parts.sums(|sample, range, [sums]| {
+        channel_squares(&x[range], &of_channels[sample * c..(sample + 1) * c], sums);
+    });
+    let variances = mean_of(&squares).into_iter();
+    means
+        .into_iter()
+        .zip(variances.map(|v| (1.0 / (v + f64::from(eps)).sqrt()) as f32))
+        .collect()
+}
+
+/// Per sample and channel: `y = x * factor + shift`.
+fn affine(stats: &[(f32, f32)], size: usize, weight: &[f32], bias: &[f32]) -> Vec<(Vec<f32>, Vec<f32>)> {
+    let of_sample = |stats: &[(f32, f32)]| {
+        let channels = weight.iter().zip(bias).enumerate();
+        channels
+            .map(|(j, (w, b))| {
+                let (mean, rstd) = stats[j / size];
+                (w * rstd, b - mean * rstd * w)
+            })
+            .unzip()
+    };
+    stats.chunks_exact(weight.len() / size).map(of_sample).collect()
 }
 
 vectorized! {
@@ -155,25 +209,38 @@ vectorized! {
 fn group_norm_grad(
     x: &[f32],
     g: &[f32],
+    parts: &Parts,
     stats: &[(f32, f32)],
-    size: usize,
-    (weight, factor, shift): (&[f32], &[f32], &[f32]),
+    (weight, bias): (&[f32], &[f32]),
     silu: bool,
-    dx: &mut [f32],
-) {
-    let c = weight.len();
-    let pixels = (x.len() / c) as f64 * size as f64;
-    let (mut sums, mut products) = (vec![0.0_f32; c], vec![0.0_f32; c]);
-    // dx holds g · weight until the means are known; products sums gw · x.
-    weighted_grads(x, g, (weight, factor, shift), silu, dx, &mut sums, &mut products);
-    let (mut rstd, mut slope, mut level) = (vec![0.0; c], vec![0.0; c], vec![0.0; c]);
+) -> Vec<f32> {
+    let c = parts.channels;
+    let size = c * parts.samples / stats.len().max(1);
+    let n = (parts.pixels * size) as f64;
+    let affine = affine(stats, size, weight, bias);
+    let mut dx = room(x.len());
+    let out = Destination::new(&mut dx);
+    // dx holds g · weight until the means are known; the products are of gw and x.
+    let [sums, products] = parts.sums(|sample, range, [sums, products]| {
+        let (factor, shift) = &affine[sample];
+        let gw = out.slice(range.start, range.len());
+        weighted_grads(
+            &x[range.clone()],
+            &g[range],
+            (weight, factor, shift),
+            silu,
+            gw,
+            sums,
+            products,
+        );
+    });
+    let (mut rstd, mut slope, mut level) = (vec![0.0; sums.len()], vec![0.0; sums.len()], vec![0.0; sums.len()]);
     for (i, &(mean, r)) in stats.iter().enumerate() {
         let range = i * size..(i + 1) * size;
-        let sum: f64 = sums[range.clone()].iter().map(|v| f64::from(*v)).sum();
-        let with_x: f64 = products[range.clone()].iter().map(|v| f64::from(*v)).sum();
-        let mean_gw = sum / pixels;
+        let mean_gw = sums[range.clone()].iter().sum::<f64>() / n;
+        let with_x = products[range.clone()].iter().sum::<f64>() / n;
         // mean(gw x̂) = (mean(gw x) - mean · mean(gw)) · rstd
-        let mean_gwx = (with_x / pixels - f64::from(mean) * mean_gw) * f64::from(r);
+        let mean_gwx = (with_x - f64::from(mean) * mean_gw) * f64::from(r);
         for j in range {
             rstd[j] = r;
             // dx = rstd gw - slope x - level
@@ -181,7 +248,13 @@ fn group_norm_grad(
             level[j] = (f64::from(r) * mean_gw - f64::from(mean) * f64::from(r) * f64::from(r) * mean_gwx) as f32;
         }
     }
-    finish_grads(x, &rstd, &slope, &level, dx);
+    parts.for_each(|sample, range| {
+        let channels = sample * c..(sample + 1) * c;
+        let [rstd, slope, level] = [&rstd, &slope, &level].map(|values| &values[channels.clone()]);
+        let dx = out.slice(range.start, range.len());
+        finish_grads(&x[range], rstd, slope, level, dx);
+    });
+    dx
 }
 
 vectorized! {

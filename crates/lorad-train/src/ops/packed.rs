@@ -66,14 +66,15 @@ impl<'a> Mat<'a> {
             col_stride: self.row_stride,
         }
     }
-
-    pub(super) fn fits(&self) -> bool {
-        fits(self.data.len(), self.rows, self.cols, self.row_stride, self.col_stride)
-    }
 }
 
-pub(super) fn fits(len: usize, rows: usize, cols: usize, row_stride: usize, col_stride: usize) -> bool {
-    rows == 0 || cols == 0 || (rows - 1) * row_stride + (cols - 1) * col_stride < len
+/// Panels of 16 columns as the kernels walk them.
+#[derive(Clone, Copy)]
+pub(super) struct Panels<'a> {
+    pub(super) values: &'a [f32],
+    pub(super) count: usize,
+    /// Values from the start of one to the start of the next.
+    pub(super) distance: usize,
 }
 
 #[derive(Debug)]
@@ -162,6 +163,21 @@ impl Packed {
             }
         };
         Self { depth, width, values }
+    }
+
+    /// The panels of a matrix in f32.
+    ///
+    /// # Panics
+    /// If it is held in half.
+    pub(super) fn panels(&self) -> Panels<'_> {
+        let Values::F32(values) = &self.values else {
+            unreachable!("panels of a matrix that was not packed in f32")
+        };
+        Panels {
+            values,
+            count: self.width.div_ceil(WIDTH),
+            distance: self.depth * WIDTH,
+        }
     }
 
     /// The matrix as it is.
@@ -392,8 +408,8 @@ fn transpose(from: &[f32], to: &mut [f32]) {
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
     use std::arch::x86_64::{
-        __m256, _mm_loadu_si128, _mm256_cvtph_ps, _mm256_loadu_ps, _mm256_permute2f128_ps, _mm256_shuffle_ps,
-        _mm256_storeu_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
+        __m256, _mm_loadu_si128, _mm256_cvtph_ps, _mm256_loadu_ps, _mm256_permute2f128_ps, _mm256_setzero_ps,
+        _mm256_shuffle_ps, _mm256_storeu_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
     };
 
     use half::{f16, slice::HalfFloatSliceExt};
@@ -420,14 +436,15 @@ mod avx2 {
     pub(super) fn transpose(from: &[f32], to: &mut [f32]) {
         for i in [0, 8] {
             for j in [0, 8] {
-                let rows: [__m256; 8] = std::array::from_fn(|r| {
+                let mut rows = [_mm256_setzero_ps(); 8];
+                for (r, to) in rows.iter_mut().enumerate() {
                     let row = &from[(i + r) * WIDTH + j..][..8];
                     #[expect(unsafe_code, reason = "the load takes a pointer")]
                     // SAFETY: the slice holds the eight values that are read.
                     unsafe {
-                        _mm256_loadu_ps(row.as_ptr())
+                        *to = _mm256_loadu_ps(row.as_ptr());
                     }
-                });
+                }
                 for (c, column) in square(rows).into_iter().enumerate() {
                     let out = &mut to[(j + c) * WIDTH + i..][..8];
                     #[expect(unsafe_code, reason = "the store takes a pointer")]

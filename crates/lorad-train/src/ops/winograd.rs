@@ -267,7 +267,7 @@ super::math::vectorized! {
     fn kernel_to_basis(g: &[&[f32]; 9], u: &mut [&mut [f32]; 16]) {
         let size = g[0].len();
         for at in (0..size).step_by(8) {
-            let g: [[f32; 8]; 9] = std::array::from_fn(|tap| load(g[tap], at));
+            let g: [[f32; 8]; 9] = load(g, at);
             // G g: 4 rows of 3.
             let mut rows = [[[0.0; 8]; 3]; 4];
             for x in 0..3 {
@@ -304,10 +304,12 @@ super::math::vectorized! {
     fn from_basis(m: &[&[f32]; 16], at: usize, n: usize, out: &mut [[f32; 16]; 4]) {
         let mut half = [[[0.0; WIDTH]; 4]; 2];
         for x in 0..4 {
-            let m: [[f32; WIDTH]; 4] = std::array::from_fn(|y| {
-                let values = &m[4 * y + x][at..at + n];
-                if n == WIDTH { std::array::from_fn(|j| values[j]) } else { std::array::from_fn(|j| if j < n { values[j] } else { 0.0 }) }
-            });
+            let mut column = [[0.0; WIDTH]; 4];
+            for (y, to) in column.iter_mut().enumerate() {
+                let from = &m[4 * y + x][at..at + n];
+                if n == WIDTH { to.copy_from_slice(from) } else { to[..n].copy_from_slice(from) }
+            }
+            let m = column;
             for j in 0..WIDTH {
                 half[0][x][j] = m[0][j] + (m[1][j] + m[2][j]);
                 half[1][x][j] = (m[1][j] - m[2][j]) - m[3][j];
@@ -323,9 +325,14 @@ super::math::vectorized! {
     }
 }
 
+/// `L` values from `at` of each slice. Not by `from_fn`, which is not inlined into functions of other features.
 #[inline(always)]
-fn load(values: &[f32], at: usize) -> [f32; 8] {
-    std::array::from_fn(|j| values[at + j])
+fn load<const L: usize, const N: usize>(from: &[&[f32]; N], at: usize) -> [[f32; L]; N] {
+    let mut values = [[0.0; L]; N];
+    for (to, from) in values.iter_mut().zip(from) {
+        to.copy_from_slice(&from[at..at + L]);
+    }
+    values
 }
 
 super::math::vectorized! {
@@ -333,14 +340,14 @@ super::math::vectorized! {
         let k = d[0].len();
         let whole = k / 8 * 8;
         for at in (0..whole).step_by(8) {
-            let d: [[f32; 8]; 16] = std::array::from_fn(|i| load(d[i], at));
+            let d: [[f32; 8]; 16] = load(d, at);
             let v = basis(&d);
             for (out, v) in out.iter_mut().zip(&v) {
                 out[at..at + 8].copy_from_slice(v);
             }
         }
         for at in whole..k {
-            let d: [[f32; 1]; 16] = std::array::from_fn(|i| [d[i][at]]);
+            let d: [[f32; 1]; 16] = load(d, at);
             for (out, v) in out.iter_mut().zip(&basis(&d)) {
                 out[at] = v[0];
             }
