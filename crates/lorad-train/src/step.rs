@@ -46,8 +46,16 @@ impl Stepper {
     /// # Errors
     /// If the adapter is empty.
     pub fn new(adapters: &AdapterSet, config: StepConfig) -> Result<Self> {
+        Self::with_lr_factors(adapters, config, |_| 1.0)
+    }
+
+    /// [`Self::new`] with the learning rate of each tensor, by name, multiplied by a factor.
+    ///
+    /// # Errors
+    /// If the adapter is empty.
+    pub fn with_lr_factors(adapters: &AdapterSet, config: StepConfig, lr_factor: impl Fn(&str) -> f64) -> Result<Self> {
         Ok(Self {
-            optimizer: Optimizer::new(adapters.named_vars(), config.optimizer)?,
+            optimizer: Optimizer::with_lr_factors(adapters.named_vars(), config.optimizer, lr_factor)?,
             config,
         })
     }

@@ -51,17 +51,24 @@ trait Rule: fmt::Debug {
 /// An optimizer on all adapter tensors at once.
 #[derive(Debug)]
 pub struct Optimizer {
+    /// Of all tensors.
     layout: Layout,
-    rule: Box<dyn Rule>,
+    /// In order, together all tensors.
+    groups: Vec<Group>,
     /// Steps taken.
     steps: u64,
 }
 
-impl Optimizer {
-    /// # Errors
-    /// If there is nothing to train, or a tensor is not f32.
-    pub fn new(vars: Vec<(String, Var)>, config: OptimizerConfig) -> Result<Self> {
-        let layout = Layout::new(vars)?;
+/// Neighbouring tensors with one learning rate and one optimizer of their own.
+#[derive(Debug)]
+struct Group {
+    layout: Layout,
+    lr_factor: f64,
+    rule: Box<dyn Rule>,
+}
+
+impl Group {
+    fn new(layout: Layout, lr_factor: f64, config: OptimizerConfig) -> Result<Self> {
         let zeros = Tensor::zeros(layout.len(), DType::F32, layout.device())?;
         let rule: Box<dyn Rule> = match config {
             OptimizerConfig::AdamW(config) => Box::new(adamw::AdamW::new(config, &zeros)),
@@ -72,7 +79,41 @@ impl Optimizer {
             }
             OptimizerConfig::Sgd(config) => Box::new(sgd::Sgd::new(config, &zeros)),
         };
-        Ok(Self { layout, rule, steps: 0 })
+        Ok(Self {
+            layout,
+            lr_factor,
+            rule,
+        })
+    }
+}
+
+impl Optimizer {
+    /// # Errors
+    /// If there is nothing to train, or a tensor is not f32.
+    pub fn new(vars: Vec<(String, Var)>, config: OptimizerConfig) -> Result<Self> {
+        Self::with_lr_factors(vars, config, |_| 1.0)
+    }
+
+    /// [`Self::new`] with the learning rate of each tensor, by name, multiplied by a factor. Neighbours with one factor are a
+    /// group as in torch; Prodigy estimates one distance per group.
+    ///
+    /// # Errors
+    /// If there is nothing to train, or a tensor is not f32.
+    pub fn with_lr_factors(
+        vars: Vec<(String, Var)>,
+        config: OptimizerConfig,
+        lr_factor: impl Fn(&str) -> f64,
+    ) -> Result<Self> {
+        let groups = vars
+            .chunk_by(|(a, _), (b, _)| lr_factor(a) == lr_factor(b))
+            .enumerate()
+            .map(|(i, vars)| Group::new(Layout::new(vars.to_vec(), i)?, lr_factor(&vars[0].0), config))
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            layout: Layout::new(vars, 0)?,
+            groups,
+            steps: 0,
+        })
     }
 
     /// The parameters, in their order in every flat vector.
@@ -125,9 +166,28 @@ impl Optimizer {
     /// If the gradient has another length.
     pub fn step(&mut self, gradient: &Tensor, lr: f64) -> Result<()> {
         self.steps += 1;
-        let parameters = self.layout.flat_parameters()?;
-        let parameters = self.rule.update(&self.layout, self.steps, parameters, gradient, lr)?;
-        self.set_flat_parameters(&parameters)
+        if gradient.dims() != [self.layout.len()] {
+            bail!(
+                "a gradient of shape {:?} for {} parameters",
+                gradient.dims(),
+                self.layout.len()
+            )
+        }
+        let mut parts = Vec::with_capacity(self.groups.len());
+        let mut offset = 0;
+        for group in &mut self.groups {
+            let n = group.layout.len();
+            let gradient = gradient.narrow(0, offset, n)?;
+            let parameters = group.layout.flat_parameters()?;
+            let lr = lr * group.lr_factor;
+            parts.push(
+                group
+                    .rule
+                    .update(&group.layout, self.steps, parameters, &gradient, lr)?,
+            );
+            offset += n;
+        }
+        self.set_flat_parameters(&Tensor::cat(&parts, 0)?)
     }
 
     /// Steps taken.
@@ -140,7 +200,11 @@ impl Optimizer {
     /// # Errors
     /// If a tensor operation fails.
     pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
-        self.rule.state(&self.layout)
+        let mut state = BTreeMap::new();
+        for group in &self.groups {
+            state.extend(group.rule.state(&group.layout)?);
+        }
+        Ok(state)
     }
 
     /// Continues from a saved state after `steps` steps.
@@ -148,7 +212,9 @@ impl Optimizer {
     /// # Errors
     /// If a tensor is missing or of another shape.
     pub fn load_state(&mut self, state: &BTreeMap<String, Tensor>, steps: u64) -> Result<()> {
-        self.rule.load(&self.layout, state)?;
+        for group in &mut self.groups {
+            group.rule.load(&group.layout, state)?;
+        }
         self.steps = steps;
         Ok(())
     }
@@ -161,10 +227,12 @@ pub struct Layout {
     vars: Vec<(String, Var)>,
     device: Device,
     len: usize,
+    /// Number of its group.
+    group: usize,
 }
 
 impl Layout {
-    fn new(vars: Vec<(String, Var)>) -> Result<Self> {
+    fn new(vars: Vec<(String, Var)>, group: usize) -> Result<Self> {
         let Some((_, first)) = vars.first() else {
             bail!("an optimizer without parameters")
         };
@@ -175,7 +243,16 @@ impl Layout {
             device: first.device().clone(),
             len: vars.iter().map(|(_, v)| v.elem_count()).sum(),
             vars,
+            group,
         })
+    }
+
+    /// `name` of something that a group has once, in a saved state of all groups.
+    fn shared_name(&self, name: &str) -> String {
+        match self.group {
+            0 => name.to_owned(),
+            group => format!("{name}.{group}"),
+        }
     }
 
     fn len(&self) -> usize {

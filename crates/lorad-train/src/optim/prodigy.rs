@@ -113,10 +113,11 @@ impl Rule for Prodigy {
         ] {
             state.extend(layout.split(kind, flat)?);
         }
-        state.insert("prodigy.d".to_owned(), self.d.copy()?);
-        state.insert("prodigy.d_numerator".to_owned(), self.d_numerator.copy()?);
+        state.insert(layout.shared_name("prodigy.d"), self.d.copy()?);
+        state.insert(layout.shared_name("prodigy.d_numerator"), self.d_numerator.copy()?);
         let moves = u32::try_from(self.moves).unwrap_or(u32::MAX);
-        state.insert("prodigy.moves".to_owned(), Tensor::new(&[moves], self.d.device())?);
+        let moves = Tensor::new(&[moves], self.d.device())?;
+        state.insert(layout.shared_name("prodigy.moves"), moves);
         Ok(state)
     }
 
@@ -125,9 +126,9 @@ impl Rule for Prodigy {
         self.exp_avg_sq = layout.join("exp_avg_sq", state)?;
         self.s = layout.join("s", state)?;
         self.initial = layout.join("p0", state)?;
-        self.d = layout.read("prodigy.d", &[1], state)?;
-        self.d_numerator = layout.read("prodigy.d_numerator", &[1], state)?;
-        let moves = layout.read("prodigy.moves", &[1], state)?;
+        self.d = layout.read(&layout.shared_name("prodigy.d"), &[1], state)?;
+        self.d_numerator = layout.read(&layout.shared_name("prodigy.d_numerator"), &[1], state)?;
+        let moves = layout.read(&layout.shared_name("prodigy.moves"), &[1], state)?;
         self.moves = moves.to_vec1::<u32>()?.first().copied().map_or(0, u64::from);
         Ok(())
     }

@@ -129,6 +129,40 @@ fn saved_and_loaded_state_of_every_optimizer_continues_bit_for_bit() {
     }
 }
 
+/// As torch's parameter groups; Prodigy estimates a distance for each.
+#[test]
+fn tensors_with_a_factor_move_as_under_an_optimizer_of_their_own_and_their_state_goes_on() {
+    let golden = golden("adamw.safetensors");
+    for name in ["adamw", "lion", "adafactor", "prodigy", "sgd"] {
+        let config = config(&serde_json::json!({"optimizer": name}));
+        let factor = |tensor: &str| if tensor == "a" { 0.25 } else { 1.0 };
+        let mut both = Optimizer::with_lr_factors(vars(&golden), config, factor).unwrap();
+        let mut each: Vec<(String, Optimizer)> = vars(&golden)
+            .into_iter()
+            .map(|var| (var.0.clone(), Optimizer::new(vec![var], config).unwrap()))
+            .collect();
+        for step in 0..8 {
+            if step == 3 {
+                let (state, steps) = (both.state().unwrap(), both.steps());
+                both = Optimizer::with_lr_factors(both.vars().to_vec(), config, factor).unwrap();
+                both.load_state(&state, steps).unwrap();
+            }
+            both.step(&flat(&golden, &format!("grad.{step}")), 0.01).unwrap();
+            for (tensor, optimizer) in &mut each {
+                let gradient = golden[&format!("grad.{step}.{tensor}")].flatten_all().unwrap();
+                optimizer.step(&gradient, 0.01 * factor(tensor)).unwrap();
+            }
+        }
+        let values = |o: &Optimizer| o.flat_parameters().unwrap().to_vec1::<f32>().unwrap();
+        let apart: Vec<f32> = each.iter().flat_map(|(_, o)| values(o)).collect();
+        assert_eq!(values(&both), apart, "{name}");
+        assert!(
+            both.step(&flat(&golden, "grad.0").narrow(0, 0, 3).unwrap(), 0.01)
+                .is_err()
+        );
+    }
+}
+
 #[test]
 fn the_average_follows_diffusers_and_is_only_lent() {
     let golden = golden("others.safetensors");
