@@ -33,4 +33,4 @@ pub use linear::{FrozenLinear, lora_linear};
 pub use norm::{group_norm, layer_norm};
 pub use packed::WeightType;
 pub use pointwise::{Activation, activation, add, cat_channels, geglu, upsample_nearest_2x};
-pub use tape::{on_tape, reshape, segment};
+pub use tape::{on_tape, on_tape_from, reshape, segment};

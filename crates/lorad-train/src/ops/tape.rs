@@ -136,6 +136,19 @@ fn add_to(gradients: &mut HashMap<TensorId, Tensor>, id: TensorId, part: Tensor)
 /// # Errors
 /// What `f` returns.
 pub fn on_tape(pairs: &[(Var, Var)], f: impl FnOnce() -> Result<Tensor> + Send) -> Result<Tensor> {
+    on_tape_from(pairs, &[], f)
+}
+
+/// [`on_tape`] where `f` also reads `inputs`: results in candle's graph, of another tape for instance, which get their
+/// gradients as the variables do.
+///
+/// # Errors
+/// What `f` returns.
+pub fn on_tape_from(
+    pairs: &[(Var, Var)],
+    inputs: &[&Tensor],
+    f: impl FnOnce() -> Result<Tensor> + Send,
+) -> Result<Tensor> {
     let (value, tape) = in_pool(|| Tape::record([], f))?;
     let id = value.id();
     if !tape.tracked.contains(&id) {
@@ -160,6 +173,23 @@ pub fn on_tape(pairs: &[(Var, Var)], f: impl FnOnce() -> Result<Tensor> + Send) 
             },
         )?;
     }
+    for input in inputs.iter().filter(|t| t.track_op()) {
+        let (found, id) = (Arc::clone(&found), input.id());
+        let (shape, device) = (input.shape().clone(), input.device().clone());
+        known.insert(id);
+        chain = attach_to_graph(
+            "tape-input",
+            &[&chain, input],
+            Value::Cpu(vec![0.0]),
+            (),
+            move |g, _| {
+                let gradient = found.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+                // Candle wants a gradient for every result; one that `f` did not use has none.
+                let gradient = gradient.map_or_else(|| Tensor::zeros(&shape, g.dtype(), &device), Ok)?;
+                Ok([Some(g.clone()), Some(gradient), None])
+            },
+        )?;
+    }
     let (shape, tape) = (value.shape().clone(), Mutex::new(Some(tape)));
     attach_to_graph("tape", &[&chain], Value::Shared(value), shape, move |g, _| {
         let Some(tape) = tape.lock().unwrap_or_else(PoisonError::into_inner).take() else {
@@ -167,7 +197,7 @@ pub fn on_tape(pairs: &[(Var, Var)], f: impl FnOnce() -> Result<Tensor> + Send) 
         };
         let gradients = in_pool(|| tape.backward(id, g.clone()))?;
         if gradients.keys().any(|id| !known.contains(id)) {
-            bail!("the tape read a tracked tensor that is none of its variables")
+            bail!("the tape read a tracked tensor that is none of its variables and inputs")
         }
         found.lock().unwrap_or_else(PoisonError::into_inner).extend(gradients);
         Ok([Some(Tensor::zeros((), g.dtype(), g.device())?), None, None])
@@ -275,6 +305,36 @@ mod tests {
         for (a, b) in graph.iter().zip(&taped) {
             assert!((a - b).abs() < 1e-5, "{a} {b}");
         }
+    }
+
+    #[test]
+    fn a_tape_hands_gradients_on_to_the_tape_that_made_its_input() {
+        let (x, first, second) = (random(&[6, 6], 4), pair(), pair());
+        let gradients_of_both = |y: &Tensor| [gradients(&first, y), gradients(&second, y)].concat();
+        let whole = |recompute| {
+            let h = model(&x, &first, recompute)?;
+            model(&h, &second, recompute)
+        };
+        let graph = whole(false).unwrap();
+        for recompute in [false, true] {
+            // A tape's backward runs once, so each pair's gradients get a run of their own.
+            let run = || {
+                let h = on_tape(std::slice::from_ref(&first), || model(&x, &first, recompute))?;
+                on_tape_from(std::slice::from_ref(&second), &[&h], || model(&h, &second, recompute))
+            };
+            let taped = [gradients(&first, &run().unwrap()), gradients(&second, &run().unwrap())].concat();
+            for (a, b) in gradients_of_both(&graph).iter().zip(&taped) {
+                assert!((a - b).abs() < 1e-5, "{a} {b}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_input_that_the_tape_does_not_use_gets_zeros() {
+        let (x, first, second) = (random(&[6, 6], 4), pair(), pair());
+        let h = on_tape(std::slice::from_ref(&first), || model(&x, &first, false)).unwrap();
+        let y = on_tape_from(std::slice::from_ref(&second), &[&h], || model(&x, &second, false)).unwrap();
+        assert!(gradients(&first, &y).iter().all(|v| *v == 0.0));
     }
 
     #[test]

@@ -46,15 +46,16 @@ impl Layer {
 
     /// [`Self::forward`] as a segment of the tape: on `x`, or on `x` and `skip` side by side.
     fn segment(self: &Arc<Self>, x: &Tensor, skip: Option<&Tensor>, pass: &Pass<'_>) -> Result<Tensor> {
-        let (this, time, context) = (Arc::clone(self), pass.time.clone(), pass.context.clone());
+        let (this, time) = (Arc::clone(self), pass.time.clone());
+        // The prompt is an input too: where the text encoder is trained, it is tracked.
         let run = move |inputs: &[Tensor]| match inputs {
-            [x, skip] => this.forward(&ops::cat_channels(x, skip)?, &time, &context),
-            [x, ..] => this.forward(x, &time, &context),
-            [] => bail!("a layer without an input"),
+            [x, context] => this.forward(x, &time, context),
+            [x, context, skip] => this.forward(&ops::cat_channels(x, skip)?, &time, context),
+            _ => bail!("a layer with {} inputs", inputs.len()),
         };
         match skip {
-            Some(skip) => ops::segment(&[x, skip], pass.recompute, run),
-            None => ops::segment(&[x], pass.recompute, run),
+            Some(skip) => ops::segment(&[x, pass.context, skip], pass.recompute, run),
+            None => ops::segment(&[x, pass.context], pass.recompute, run),
         }
     }
 

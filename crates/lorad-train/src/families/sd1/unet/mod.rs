@@ -212,13 +212,11 @@ impl UNet2DConditionModel {
             context: &context,
             recompute: self.checkpointing.load(Ordering::Relaxed),
         };
-        // A tape knows the gradients of adapters only, and its ops are those of the CPU.
-        let taped = self.switch.is_on()
-            && !self.adapters.is_empty()
-            && pixels.device().is_cpu()
-            && !(pixels.track_op() || time.track_op() || context.track_op());
+        // A tape knows the gradients of adapters and of the prompt, and its ops are those of the CPU.
+        let trains = self.switch.is_on() && !self.adapters.is_empty() || context.track_op();
+        let taped = trains && pixels.device().is_cpu() && !(pixels.track_op() || time.track_op());
         let out = if taped {
-            ops::on_tape(&self.adapters, || self.channels_last(&pixels, &pass))?
+            ops::on_tape_from(&self.adapters, &[&context], || self.channels_last(&pixels, &pass))?
         } else {
             self.channels_last(&pixels, &pass)?
         };
