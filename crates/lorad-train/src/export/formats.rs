@@ -26,6 +26,9 @@ fn inner(module: &str) -> &str {
     module.split_once('.').map_or(module, |(_, rest)| rest)
 }
 
+/// What checkpoints and transformers 4 put before every module of a CLIP text encoder, and transformers 5 does not.
+const TEXT_MODEL: &str = "text_model.";
+
 // --- diffusers ---
 
 /// `pytorch_lora_weights.safetensors`.
@@ -52,7 +55,8 @@ pub(super) fn diffusers(adapter: &HostAdapter) -> TensorFile {
             .entry(format!("{root}.target_modules"))
             .or_insert_with(|| json!([]));
         if let Value::Array(list) = targets {
-            list.push(json!(inner(module)));
+            // PEFT takes a path's end for a match, so this fits either transformers.
+            list.push(json!(inner(module).trim_start_matches(TEXT_MODEL)));
         }
     }
     file.metadata.insert("format".to_owned(), "pt".to_owned());
@@ -67,6 +71,46 @@ pub(super) fn read_diffusers(file: &TensorFile) -> BTreeMap<String, Vec<f64>> {
 }
 
 // --- PEFT ---
+
+/// A PEFT folder holds the adapters of one model.
+#[derive(Debug)]
+pub(super) struct PeftPart {
+    /// Where its files lie in the archive; empty or with a slash at its end.
+    pub(super) folder: &'static str,
+    /// The first part of its modules' paths.
+    pub(super) root: &'static str,
+    /// Modules called as in this folder.
+    pub(super) adapter: HostAdapter,
+}
+
+/// The folders that this adapter needs. The UNet's is the archive itself: unpacked anywhere, that place is the folder. The
+/// text encoder has one for each way in which transformers calls its modules, since PEFT looks for whole names.
+pub(super) fn peft_parts(adapter: &HostAdapter) -> Vec<PeftPart> {
+    let as_is = |module: &str| module.to_owned();
+    let flat = |module: &str| module.replacen(TEXT_MODEL, "", 1);
+    let part = |folder, root: &'static str, name: &dyn Fn(&str) -> String| {
+        let mut part = adapter.clone();
+        part.modules = std::mem::take(&mut part.modules)
+            .into_iter()
+            .filter(|(module, _)| module.split('.').next() == Some(root))
+            .map(|(module, factors)| (name(&module), factors))
+            .collect();
+        PeftPart {
+            folder,
+            root,
+            adapter: part,
+        }
+    };
+    let parts = [
+        part("", "unet", &as_is),
+        part("text_encoder/", "text_encoder", &flat),
+        part("text_encoder-transformers4/", "text_encoder", &as_is),
+    ];
+    parts
+        .into_iter()
+        .filter(|part| !part.adapter.modules.is_empty())
+        .collect()
+}
 
 /// `adapter_model.safetensors` of a PEFT folder: A and B as trained, scale in `adapter_config.json`.
 ///
@@ -94,12 +138,12 @@ pub(super) fn peft_config(adapter: &HostAdapter, base_model: &str, init: &Value)
     })
 }
 
-/// ΔW by module from a PEFT file and its config.
-pub(super) fn read_peft(file: &TensorFile, config: &Value) -> BTreeMap<String, Vec<f64>> {
+/// ΔW by module from a PEFT file and its config; `root` is put in front of the modules' paths.
+pub(super) fn read_peft(file: &TensorFile, config: &Value, root: &str) -> BTreeMap<String, Vec<f64>> {
     let scale = config["lora_alpha"].as_f64().unwrap_or(f64::NAN) / config["r"].as_f64().unwrap_or(f64::NAN);
     read_pairs(file, "base_model.model.", ".lora_A.weight", ".lora_B.weight", |_| scale)
         .into_iter()
-        .map(|(module, delta)| (format!("unet.{module}"), delta))
+        .map(|(module, delta)| (format!("{root}.{module}"), delta))
         .collect()
 }
 

@@ -1,7 +1,7 @@
-//! The base pipeline with the adapter merged into the UNet, as a zip of a diffusers folder that loads by itself.
+//! The base pipeline with the adapter merged into the models that it adapts, as a zip of a diffusers folder that loads by itself.
 //!
-//! Streams: one tensor is in memory at a time. Every file of the base is copied byte for byte, except UNet weights, whose
-//! adapted tensors become `W + ΔW`, summed in f64 and rounded once to the dtype they had.
+//! Streams: one tensor is in memory at a time. Every file of the base is copied byte for byte, except the weights
+//! of these models, whose adapted tensors become `W + ΔW`, summed in f64 and rounded once to the dtype they had.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,7 +17,7 @@ use walkdir::WalkDir;
 use zip::ZipWriter;
 
 use super::{
-    adapter::{HostAdapter, delta, relative_error},
+    adapter::{Factors, HostAdapter, delta, relative_error},
     zip_error, zip_options,
 };
 use crate::{Result, TrainError};
@@ -27,13 +27,13 @@ use crate::{Result, TrainError};
 pub(super) struct Merged {
     /// Adapted modules.
     pub(super) modules: BTreeSet<String>,
-    /// The archive's entries with UNet weights.
+    /// The archive's entries with weights of adapted models.
     pub(super) entries: BTreeMap<String, Entry>,
     /// Dtypes of merged tensors.
     pub(super) dtypes: BTreeSet<String>,
 }
 
-/// An archive entry with UNet weights.
+/// An archive entry with weights of an adapted model.
 #[derive(Debug)]
 pub(super) struct Entry {
     /// The base's file that it was made from.
@@ -60,8 +60,9 @@ pub(super) fn write(out: &mut File, base: &Path, adapter: &HostAdapter) -> Resul
     let mut merged = Merged::default();
     for (from, name) in pipeline_files(base)? {
         zip.start_file(name.as_str(), zip_options()).map_err(zip_error(&from))?;
-        if name.starts_with("unet/") && name.ends_with(".safetensors") {
-            let sha256 = merge_weights(&from, &mut zip, adapter, &mut merged)?;
+        let folder = name.split_once('/').map_or("", |(folder, _)| folder);
+        if adapts(adapter, folder) && name.ends_with(".safetensors") {
+            let sha256 = merge_weights(&from, folder, &mut zip, adapter, &mut merged)?;
             merged.entries.insert(name, Entry { base: from, sha256 });
         } else if name.ends_with(".index.json") {
             let text = fs::read_to_string(&from).map_err(TrainError::io("read", &from))?;
@@ -139,8 +140,27 @@ struct Stored {
     bytes: usize,
 }
 
-/// Copies one safetensors file tensor by tensor, merging. Returns the SHA-256 of what was written, header included.
-fn merge_weights(from: &Path, out: &mut impl Write, adapter: &HostAdapter, merged: &mut Merged) -> Result<String> {
+/// Whether the model in `folder` has adapters.
+fn adapts(adapter: &HostAdapter, folder: &str) -> bool {
+    adapter.modules.keys().any(|m| m.split('.').next() == Some(folder))
+}
+
+/// The adapted module whose weight `key` is, in a file of `folder`.
+fn adapted<'a>(adapter: &'a HostAdapter, folder: &str, key: &str) -> Option<(&'a String, &'a Factors)> {
+    let module = key.strip_suffix(".weight")?;
+    let found = adapter.modules.get_key_value(&format!("{folder}.{module}"));
+    // Text encoders saved by transformers 5 leave this out.
+    found.or_else(|| adapter.modules.get_key_value(&format!("{folder}.text_model.{module}")))
+}
+
+/// Copies one safetensors file of `folder` tensor by tensor, merging. Returns the SHA-256 of what was written, header included.
+fn merge_weights(
+    from: &Path,
+    folder: &str,
+    out: &mut impl Write,
+    adapter: &HostAdapter,
+    merged: &mut Merged,
+) -> Result<String> {
     use sha2::Digest;
     let mut file = BufReader::new(File::open(from).map_err(TrainError::io("read", from))?);
     let mut hasher = sha2::Sha256::new();
@@ -158,8 +178,7 @@ fn merge_weights(from: &Path, out: &mut impl Write, adapter: &HostAdapter, merge
         position += stored.bytes as u64;
         let mut bytes = vec![0; stored.bytes];
         file.read_exact(&mut bytes).map_err(TrainError::io("read", from))?;
-        let module = stored.key.strip_suffix(".weight").map(|m| format!("unet.{m}"));
-        if let Some((module, factors)) = module.and_then(|m| adapter.modules.get(&m).map(|f| (m, f))) {
+        if let Some((module, factors)) = adapted(adapter, folder, &stored.key) {
             let delta = delta(&factors.a, &factors.b, adapter.scale());
             if delta.len() != stored.shape.iter().product::<usize>() {
                 return Err(unreadable(
@@ -170,7 +189,7 @@ fn merge_weights(from: &Path, out: &mut impl Write, adapter: &HostAdapter, merge
             }
             add(&mut bytes, &stored.dtype, &delta)
                 .ok_or_else(|| unreadable(from, &format!("{} is of type {}", stored.key, stored.dtype)))?;
-            merged.modules.insert(module);
+            merged.modules.insert(module.clone());
             merged.dtypes.insert(stored.dtype);
         }
         write(&bytes)?;
@@ -192,6 +211,7 @@ pub(super) fn reread(name: &str, entry: &mut impl Read, base: &Path, adapter: &H
     if keys(&tensors) != keys(&base_tensors) {
         return Err(differs(name, "its tensors are not the base's").into());
     }
+    let folder = name.split_once('/').map_or("", |(folder, _)| folder);
     let mut found = Reread::default();
     for (stored, original) in tensors.iter().zip(&base_tensors) {
         let (mut after, mut before) = (vec![0; stored.bytes], vec![0; original.bytes]);
@@ -201,8 +221,7 @@ pub(super) fn reread(name: &str, entry: &mut impl Read, base: &Path, adapter: &H
         base_file
             .read_exact(&mut before)
             .map_err(TrainError::io("read", base))?;
-        let module = stored.key.strip_suffix(".weight").map(|m| format!("unet.{m}"));
-        let Some((module, factors)) = module.and_then(|m| adapter.modules.get(&m).map(|f| (m, f))) else {
+        let Some((module, factors)) = adapted(adapter, folder, &stored.key) else {
             if after != before {
                 return Err(differs(name, &format!("{} has no adapter and changed", stored.key)).into());
             }
@@ -219,7 +238,7 @@ pub(super) fn reread(name: &str, entry: &mut impl Read, base: &Path, adapter: &H
             return Err(differs(name, &format!("{} differs from W + ΔW by {error:.1e}", stored.key)).into());
         }
         found.worst = found.worst.max(error);
-        found.modules.insert(module);
+        found.modules.insert(module.clone());
     }
     Ok(found)
 }

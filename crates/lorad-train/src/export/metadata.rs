@@ -60,7 +60,11 @@ pub(super) fn kohya(adapter: &HostAdapter, base: &BaseTraits, context: &ExportCo
     let optimizer = spec.hyperparameters.get("optimizer").and_then(Value::as_str);
     set("ss_optimizer", format!("lorad.optim.{}", optimizer.unwrap_or("adamw")));
     set("ss_mixed_precision", "no".to_owned());
-    set("ss_text_encoder_lr", "None".to_owned());
+    let text_encoder_lr = spec.hyperparameters.get("text_encoder_lr").and_then(Value::as_f64);
+    set(
+        "ss_text_encoder_lr",
+        text_encoder_lr.map_or_else(|| "None".to_owned(), |lr| lr.to_string()),
+    );
     set("modelspec.sai_model_spec", "1.0.1".to_owned());
     set("modelspec.architecture", base.modelspec_architecture());
     set("modelspec.implementation", "diffusers".to_owned());

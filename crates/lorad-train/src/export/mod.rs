@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
 
-use self::adapter::HostAdapter;
+use self::{adapter::HostAdapter, formats::PeftPart};
 use crate::{Result, TrainError, lora::AdapterSet, task::ExportContext};
 
 /// The diffusers file; the name that `load_lora_weights(folder)` looks for.
@@ -170,7 +170,7 @@ fn json_bytes(value: &Value) -> Vec<u8> {
     format!("{value:#}\n").into_bytes()
 }
 
-/// A PEFT folder, files at the top of the archive: unpacked anywhere, that place is the folder.
+/// A PEFT folder for each adapted model; see [`formats::peft_parts`].
 fn peft_zip(adapter: &HostAdapter, job: &ExportJob<'_>) -> Result<Vec<u8>> {
     let spec = job.context.spec;
     let init = match spec.hyperparameters.get("init_lora_weights") {
@@ -179,15 +179,18 @@ fn peft_zip(adapter: &HostAdapter, job: &ExportJob<'_>) -> Result<Vec<u8>> {
         Some(Value::String(_)) => json!(true),
         _ => json!("gaussian"),
     };
-    let config = formats::peft_config(adapter, &spec.base_model.id, &init);
     let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
-    for (name, bytes) in [
-        ("adapter_config.json", json_bytes(&config)),
-        ("adapter_model.safetensors", formats::peft(adapter).to_bytes()),
-    ] {
-        zip.start_file(name, zip_options())
-            .map_err(zip_error(Path::new(name)))?;
-        zip.write_all(&bytes).map_err(TrainError::io("pack", name))?;
+    for PeftPart { folder, adapter, .. } in &formats::peft_parts(adapter) {
+        let config = formats::peft_config(adapter, &spec.base_model.id, &init);
+        for (name, bytes) in [
+            ("adapter_config.json", json_bytes(&config)),
+            ("adapter_model.safetensors", formats::peft(adapter).to_bytes()),
+        ] {
+            let name = format!("{folder}{name}");
+            zip.start_file(name.as_str(), zip_options())
+                .map_err(zip_error(Path::new(&name)))?;
+            zip.write_all(&bytes).map_err(TrainError::io("pack", name))?;
+        }
     }
     let packed = zip.finish().map_err(zip_error(Path::new("adapter.zip")))?;
     Ok(packed.into_inner())

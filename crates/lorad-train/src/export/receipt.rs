@@ -15,7 +15,7 @@ use zip::ZipArchive;
 
 use super::{
     adapter::{HostAdapter, delta, relative_error},
-    formats,
+    formats::{self, PeftPart},
     merged::{self, Merged},
     tensors::TensorFile,
     zip_error,
@@ -59,15 +59,28 @@ pub(super) fn check_peft(dir: &Path, file: &ResultFile, adapter: &HostAdapter) -
             .map_err(TrainError::io("read", &path))?;
         Ok(bytes)
     };
-    let config: Value = serde_json::from_slice(&entry("adapter_config.json")?)
-        .map_err(|e| wrong(file, &format!("adapter_config.json: {e}")))?;
-    let stored = TensorFile::from_bytes(&file.name, &entry("adapter_model.safetensors")?)?;
-    let found = formats::read_peft(&stored, &config);
-    compare(file, &stored, &found, adapter, str::to_owned, 2)
+    let (mut keys, mut worst) = (Vec::new(), 0.0_f64);
+    for PeftPart { folder, root, adapter } in formats::peft_parts(adapter) {
+        let config: Value = serde_json::from_slice(&entry(&format!("{folder}adapter_config.json"))?)
+            .map_err(|e| wrong(file, &format!("{folder}adapter_config.json: {e}")))?;
+        let stored = TensorFile::from_bytes(&file.name, &entry(&format!("{folder}adapter_model.safetensors"))?)?;
+        let found = formats::read_peft(&stored, &config, root);
+        let check = compare(file, &stored, &found, &adapter, str::to_owned, 2)?;
+        keys.extend(check.keys.into_iter().map(|key| format!("{folder}{key}")));
+        worst = worst.max(check.max_relative_error);
+    }
+    Ok(Check {
+        file: file.clone(),
+        keys,
+        // Every module lies in at least one folder, and each folder was compared as a whole.
+        n_modules: adapter.modules.len(),
+        max_relative_error: worst,
+        extra: json!({}),
+    })
 }
 
-/// Every entry of the merged archive reads back (its checksum holds), and the UNet's weights are the base's plus ΔW, but
-/// for one rounding to their dtype.
+/// Every entry of the merged archive reads back (its checksum holds), and adapted weights are the base's plus ΔW, but for one
+/// rounding to their dtype.
 pub(super) fn check_merged(path: &Path, file: &ResultFile, merged: &Merged, adapter: &HostAdapter) -> Result<Check> {
     let archive = File::open(path).map_err(TrainError::io("read", path))?;
     let mut zip = ZipArchive::new(archive).map_err(zip_error(path))?;

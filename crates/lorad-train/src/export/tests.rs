@@ -120,9 +120,13 @@ fn spec(dir: &Path) -> AttemptSpec {
 }
 
 fn export(dir: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
+    export_of(dir, &adapters())
+}
+
+fn export_of(dir: &Path, adapters: &AdapterSet) -> Result<BTreeMap<String, Vec<u8>>> {
     let base_dir = dir.join("base");
     base(&base_dir);
-    let (spec, adapters) = (spec(dir), adapters());
+    let spec = spec(dir);
     let context = ExportContext {
         spec: &spec,
         steps: 12,
@@ -140,7 +144,7 @@ fn export(dir: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
     let files = write_results(
         &results,
         &ExportJob {
-            adapters: &adapters,
+            adapters,
             context: &context,
             base: traits,
         },
@@ -234,7 +238,7 @@ fn each_format_gives_the_same_delta_by_its_own_rules() {
     let config: Value = serde_json::from_slice(&peft["adapter_config.json"]).unwrap();
     assert_eq!((&config["r"], &config["lora_alpha"]), (&json!(2), &json!(3)));
     let weights = TensorFile::from_bytes("p", &peft["adapter_model.safetensors"]).unwrap();
-    assert_delta(&formats::read_peft(&weights, &config)[LINEAR]);
+    assert_delta(&formats::read_peft(&weights, &config, "unet")[LINEAR]);
 }
 
 #[test]
@@ -268,6 +272,69 @@ fn the_merged_pipeline_rounds_once_keeps_everything_else_and_leaves_out_what_is_
         expected
     );
     assert_eq!(values("mid_block.attentions.0.proj_in.weight"), expected);
+}
+
+const TEXT: &str = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj";
+
+#[test]
+fn an_adapter_of_the_text_encoder_goes_into_every_file_by_its_own_names() {
+    let mut set = adapters();
+    let adapter = set.modules[LINEAR].clone();
+    set.modules.insert(TEXT.to_owned(), adapter);
+    // Checkpoints call the encoder's weights with and without `text_model.`.
+    for key in ["text_model.encoder.layers.0", "encoder.layers.0"].map(|at| format!("{at}.self_attn.q_proj.weight")) {
+        let dir = tempfile::tempdir().unwrap();
+        let weights = f16_file(&[("position_ids", &[2], &[0.0, 1.0]), (&key, &[2, 3], &[0.125; 6])]);
+        fs::create_dir_all(dir.path().join("base/text_encoder")).unwrap();
+        fs::write(dir.path().join("base/text_encoder/model.safetensors"), weights).unwrap();
+        let files = export_of(dir.path(), &set).unwrap();
+
+        let diffusers = TensorFile::from_bytes("d", &files[DIFFUSERS_FILE]).unwrap();
+        assert_delta(&formats::read_diffusers(&diffusers)[TEXT]);
+        let config: Value = serde_json::from_str(&diffusers.metadata["lora_adapter_metadata"]).unwrap();
+        assert_eq!((&config["unet.r"], &config["text_encoder.r"]), (&json!(2), &json!(2)));
+        // A target that is the end of the module's path in both generations of transformers.
+        assert_eq!(
+            config["text_encoder.target_modules"],
+            json!(["encoder.layers.0.self_attn.q_proj"])
+        );
+
+        let kohya = TensorFile::from_bytes("k", &files["My-dog-v2-kohya.safetensors"]).unwrap();
+        let name = "lora_te_text_model_encoder_layers_0_self_attn_q_proj";
+        assert_delta(&formats::read_kohya(&kohya)[name]);
+
+        let peft = unzip(&files["My-dog-v2-peft.zip"]);
+        for (folder, root, module) in [
+            ("", "unet", LINEAR),
+            (
+                "text_encoder/",
+                "text_encoder",
+                "text_encoder.encoder.layers.0.self_attn.q_proj",
+            ),
+            ("text_encoder-transformers4/", "text_encoder", TEXT),
+        ] {
+            let config: Value = serde_json::from_slice(&peft[&format!("{folder}adapter_config.json")]).unwrap();
+            let weights = TensorFile::from_bytes("p", &peft[&format!("{folder}adapter_model.safetensors")]).unwrap();
+            assert_delta(&formats::read_peft(&weights, &config, root)[module]);
+            let inner = module.split_once('.').unwrap().1;
+            assert!(config["target_modules"].as_array().unwrap().contains(&json!(inner)));
+        }
+        assert_eq!(peft.len(), 6);
+
+        let merged = unzip(&files[MERGED_FILE]);
+        let text = safetensors::SafeTensors::deserialize(&merged["text_encoder/model.safetensors"]).unwrap();
+        let bytes = text.tensor(&key).unwrap().data();
+        let found: Vec<f16> = bytes
+            .chunks_exact(2)
+            .map(|c| f16::from_le_bytes([c[0], c[1]]))
+            .collect();
+        let expected: Vec<f16> = DELTA.iter().map(|d| f16::from_f64(0.125 + d)).collect();
+        assert_eq!(found, expected);
+        let receipt: Value = serde_json::from_slice(&files[RECEIPT_FILE]).unwrap();
+        for entry in receipt["files"].as_array().unwrap() {
+            assert_eq!(entry["modules_matched"], 3, "{}", entry["name"]);
+        }
+    }
 }
 
 #[test]
@@ -337,7 +404,7 @@ fn merged_weights_that_are_not_the_sum_get_no_receipt() {
     base(dir.path());
     let path = dir.path().join("unet/diffusion_pytorch_model.fp16.safetensors");
     let before = fs::read(&path).unwrap();
-    let reread = |bytes: &[u8]| match merged::reread("unet.safetensors", &mut &bytes[..], &path, &adapter) {
+    let reread = |bytes: &[u8]| match merged::reread("unet/model.safetensors", &mut &bytes[..], &path, &adapter) {
         Ok(found) => Ok((found.modules.len(), found.worst)),
         Err(error) => Err(error.into_problem().detail),
     };
