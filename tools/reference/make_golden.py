@@ -7,6 +7,7 @@
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -22,14 +23,16 @@ from diffusers.training_utils import EMAModel
 from lion_pytorch import Lion
 from prodigyopt import Prodigy
 from transformers.optimization import Adafactor
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
 import single_file
-from pipelines import DEMO, GOLDEN, REPO, TARGETS, generator, load_pipeline, make_tiny_sd1, make_tiny_sd2, set_deterministic
+from pipelines import (
+    DEMO, GOLDEN, REPO, TARGETS, TEXT_ENCODER_TARGETS, generator, load_pipeline, make_tiny_sd1, make_tiny_sd2, set_deterministic,
+)
 
 PIPELINES = ("tiny-sd1", "tiny-sd2", "demo")
-PARTS = ("model", "optim", "tokens", "text", "vae", "unet", "grads", "ddim", "schedule", "curve", "losses", "single")
+PARTS = ("model", "optim", "tokens", "text", "vae", "unet", "grads", "ddim", "schedule", "curve", "losses", "encoder", "single")
 
 TEXTS = [
     "",
@@ -234,6 +237,8 @@ def make_grads(pipe, name: str, out: Path) -> None:
 CURVE_STEPS = 50
 CURVE_BATCH = 4
 CURVE_POOL = 12
+CURVE_CAPTIONS = [f"silhouette icon of {word}" for word in (
+    "apple", "boat", "cat", "dog", "egg", "fox", "goat", "hat", "ink", "jar", "key", "leaf")]
 # `max_grad_norm` is set so that about half of the steps are really clipped.
 CURVES = {
     "tiny-sd1": [
@@ -254,8 +259,7 @@ def curve_inputs(pipe, name: str) -> dict[str, torch.Tensor]:
     """Twelve latents with embeddings; 50 steps that each draw four of them, with fresh noise and timesteps."""
     h, w = (8, 8) if name == "demo" else (4, 8)
     c = pipe.unet.config.in_channels
-    _, hidden = encode(pipe, [f"silhouette icon of {word}" for word in (
-        "apple", "boat", "cat", "dog", "egg", "fox", "goat", "hat", "ink", "jar", "key", "leaf")])
+    _, hidden = encode(pipe, CURVE_CAPTIONS)
     g = generator(8)
     # Structured, so that there is something to learn: a common direction plus a little noise.
     base = torch.randn(1, c, 1, 1, generator=g) + torch.randn(1, c, h, w, generator=g)
@@ -435,6 +439,108 @@ def make_losses(pipe, name: str, out: Path) -> None:
     save_json(out / "losses.json", described)
 
 
+# --- adapters in the text encoder too ----------------------------------------------------------------------------
+
+# Learning rates of UNet and text encoder, and micro-batches per step.
+ENCODER_CURVES = {
+    "tiny-sd1": {
+        "one-rate": dict(text_encoder_lr=1e-3, accumulation=1),
+        "two-rates": dict(text_encoder_lr=4e-4, accumulation=1),
+    },
+    "tiny-sd2": {"two-rates-accumulate": dict(text_encoder_lr=4e-4, accumulation=2)},
+}
+
+
+def attach_both(pipe, rank: int, alpha: float) -> dict[str, torch.nn.Parameter]:
+    """[`attach`] on the UNet's attention and the text encoder's, as diffusers' examples/dreambooth/train_dreambooth_lora.py
+    does with --train_text_encoder. The encoder's tensors come first in the order."""
+    pipe.text_encoder = inject_adapter_in_model(LoraConfig(
+        r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=TEXT_ENCODER_TARGETS), copy.deepcopy(pipe.text_encoder))
+    params = {
+        "text_encoder.text_model." + n.removeprefix("text_model.").replace(".default.", "."): p
+        for n, p in pipe.text_encoder.named_parameters() if p.requires_grad
+    }
+    assert len(params) == 8 * pipe.text_encoder.config.num_hidden_layers
+    return dict(sorted((params | attach(pipe.unet, "attention", rank, alpha)).items()))
+
+
+def encoder_grads(pipe, name: str) -> dict[str, torch.Tensor]:
+    """Gradients of the encoder's adapters, through a UNet that has its own: those of `grads-attention.safetensors`, whose
+    other inputs are these too."""
+    rank, alpha, plain = 4, 6.0, pipe.text_encoder
+    params = attach_both(pipe, rank, alpha)
+    in_encoder = {n: p for n, p in params.items() if n.startswith("text_encoder.")}
+    fill({n: p for n, p in params.items() if n not in in_encoder}, rank, seed=5, b_std=0.1)
+    fill(in_encoder, rank, seed=13, b_std=0.1)
+    x = unet_inputs(pipe, name, 2, seed=6)
+    ids, hidden = encode(pipe, PROMPTS[:2])
+    target = randn(*x["sample"].shape, seed=7)
+    y = pipe.unet(x["sample"], torch.tensor([40, 871]), hidden).sample
+    loss = torch.nn.functional.mse_loss(y.float(), target.float(), reduction="mean")
+    loss.backward()
+    tensors = {"input_ids": ids, "last_hidden_state": hidden, "loss": loss[None]}
+    for n, p in in_encoder.items():
+        assert p.grad is not None and p.grad.abs().max() > 0, n
+        tensors[n] = p.data
+        tensors[n + ".grad"] = p.grad
+    pipe.unet.delete_adapters("default")
+    pipe.text_encoder = plain
+    return tensors
+
+
+def encoder_curve(pipe, x: dict[str, torch.Tensor], ids: torch.Tensor, curve: dict) -> tuple[dict, dict]:
+    rank, plain = 4, pipe.text_encoder
+    params = attach_both(pipe, rank, 8.0)
+    in_encoder = {n: p for n, p in params.items() if n.startswith("text_encoder.")}
+    fill({n: p for n, p in params.items() if n not in in_encoder}, rank, seed=9, b_std=0.0)  # loss-initial.safetensors
+    fill(in_encoder, rank, seed=13, b_std=0.0)
+    tensors = {f"initial.{n}": p.data.clone() for n, p in in_encoder.items() if ".lora_A." in n}
+    optimizer = torch.optim.AdamW([
+        {"params": list(in_encoder.values()), "lr": curve["text_encoder_lr"]},
+        {"params": [p for n, p in params.items() if n not in in_encoder], "lr": 1e-3},
+    ], betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+    losses, norms = [], []
+    micro = CURVE_BATCH // curve["accumulation"]
+    for step in range(CURVE_STEPS):
+        total = 0.0
+        for m in range(curve["accumulation"]):
+            rows = slice(m * micro, (m + 1) * micro)
+            items, noise, t = x["items"][step, rows], x["noise"][step, rows], x["timesteps"][step, rows]
+            latents = x["latents"][items]
+            hidden = pipe.text_encoder(ids[items])[0]
+            y = pipe.unet(pipe.scheduler.add_noise(latents, noise, t), t, hidden).sample
+            target = target_of(pipe.scheduler, latents, noise, t)
+            loss = torch.nn.functional.mse_loss(y.float(), target.float(), reduction="mean")
+            (loss / curve["accumulation"]).backward()
+            total += loss.item() / curve["accumulation"]
+        losses.append(total)
+        norms.append(torch.nn.utils.clip_grad_norm_(list(params.values()), 1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    tensors |= {f"final.{n}": p.data.clone() for n, p in in_encoder.items()}
+    pipe.unet.delete_adapters("default")
+    pipe.text_encoder = plain
+    return tensors, {**curve, "loss": losses, "grad_norm": norms}
+
+
+def make_encoder(pipe, name: str, out: Path) -> None:
+    if name not in ENCODER_CURVES:
+        return
+    save(out / "grads-encoder.safetensors", encoder_grads(pipe, name))
+    x = curve_inputs(pipe, name)
+    ids, _ = encode(pipe, CURVE_CAPTIONS)
+    tensors = {"input_ids": ids}
+    described = {"rank": 4, "alpha": 8.0, "learning_rate": 1e-3, "max_grad_norm": 1.0, "weight_decay": 1e-2, "curves": {}}
+    for curve, options in ENCODER_CURVES[name].items():
+        found, described["curves"][curve] = encoder_curve(pipe, x, ids, options)
+        tensors |= {k: t for k, t in found.items() if k.startswith("initial.")}
+        tensors |= {f"{curve}.{k}": t for k, t in found.items() if k.startswith("final.")}
+        losses = described["curves"][curve]["loss"]
+        print(f"  {name} {curve}: loss {losses[0]:.4f} -> {losses[-1]:.4f}")
+    save(out / "curve-encoder.safetensors", tensors)
+    save_json(out / "encoder.json", described)
+
+
 # --- the optimizer alone -----------------------------------------------------------------------------------------
 
 
@@ -538,7 +644,7 @@ def make_optim(out: Path) -> None:
 
 MAKERS = {
     "tokens": make_tokens, "text": make_text, "vae": make_vae, "unet": make_unet, "grads": make_grads,
-    "ddim": make_ddim, "schedule": make_schedule, "curve": make_curve, "losses": make_losses,
+    "ddim": make_ddim, "schedule": make_schedule, "curve": make_curve, "losses": make_losses, "encoder": make_encoder,
 }
 
 

@@ -36,6 +36,10 @@ TARGETS = {
 }
 
 
+# What lorad adapts in the text encoder, and diffusers' scripts too.
+TEXT_ENCODER_TARGETS = ["k_proj", "out_proj", "q_proj", "v_proj"]
+
+
 def set_deterministic(seed: int) -> None:
     """One thread and deterministic kernels: the same numbers on every run."""
     torch.manual_seed(seed)

@@ -254,7 +254,7 @@ impl<'a> Run<'a> {
         let mut fingerprints = task.fingerprints();
         let text = serde_json::Value::from(spec.hyperparameters.clone()).to_string();
         fingerprints.insert("hyperparameters".to_owned(), hex::encode(Sha256::digest(text)));
-        let stepper = Stepper::new(task.adapters(), config)?;
+        let stepper = Stepper::with_lr_factors(task.adapters(), config, |tensor| task.lr_factor(tensor))?;
         let ema = match settings.optimizer.ema_decay {
             0.0 => None,
             decay => Some(Ema::new(&stepper.optimizer, decay)?),

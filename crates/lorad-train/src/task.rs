@@ -90,6 +90,11 @@ pub trait Task {
     /// is refused.
     fn fingerprints(&self) -> BTreeMap<String, String>;
 
+    /// What the learning rate is multiplied by for this tensor of the adapter.
+    fn lr_factor(&self, _tensor: &str) -> f64 {
+        1.0
+    }
+
     /// Mean loss over the micro-batch, as a tracked scalar (f32). Everything random comes from
     /// `(seed, purpose, sample counter)`.
     fn loss(&self, batch: &MicroBatch) -> Result<Tensor>;

@@ -111,7 +111,7 @@ fn token_ids_are_equal() {
 fn text_embeddings_equal_transformers() {
     for case in CASES {
         let t = tensors(case, "text");
-        let model = ClipTextModel::load(&base(case), &CPU).unwrap();
+        let model = ClipTextModel::load(&base(case), &CPU, &AdapterSet::default()).unwrap();
         let ids = t["input_ids"].to_dtype(DType::U32).unwrap();
         assert_relative(case, &model.forward(&ids).unwrap(), &t["last_hidden_state"], 1e-4);
     }
@@ -259,6 +259,62 @@ fn the_gradient_test_notices_when_candles_layer_norm_is_put_back() {
             worst_cosine < 0.999 || missing > 0,
             "{case}: the mutation went unnoticed"
         );
+    }
+}
+
+/// The gradients of the text encoder's adapters, in the order of their names, as a job computes them: through the UNet with
+/// its own adapters.
+fn encoder_gradients(case: &str, checkpointing: bool) -> (Vec<(String, Tensor)>, Tensor) {
+    let (t, of_encoder) = (tensors(case, "grads-attention"), tensors(case, "grads-encoder"));
+    let mut set = adapters(&t, 4, 6.0);
+    set.modules.append(&mut adapters(&of_encoder, 4, 6.0).modules);
+    let base = base(case);
+    let encoder = ClipTextModel::load(&base, &CPU, &set).unwrap();
+    let unet = UNet2DConditionModel::load(&base, &CPU, &set).unwrap();
+    encoder.set_gradient_checkpointing(checkpointing);
+    unet.set_gradient_checkpointing(checkpointing);
+    let ids = of_encoder["input_ids"].to_dtype(DType::U32).unwrap();
+    let text = encoder.forward(&ids).unwrap();
+    assert_relative(case, &text, &of_encoder["last_hidden_state"], 1e-4);
+    let out = unet.forward(&t["sample"], &t["timesteps"], &text).unwrap();
+    let loss = (&out - &t["target"]).unwrap().sqr().unwrap().mean_all().unwrap();
+    let mut grads = loss.backward().unwrap();
+    let found = set
+        .named_vars()
+        .into_iter()
+        .map(|(name, var)| {
+            let grad = grads.remove(var.as_tensor());
+            (name.clone(), grad.unwrap_or_else(|| panic!("{name} has no gradient")))
+        })
+        .collect();
+    (found, loss.detach())
+}
+
+#[test]
+fn gradients_of_every_adapter_tensor_of_the_text_encoder_equal_peft() {
+    for case in ["tiny-sd1", "tiny-sd2"] {
+        let expected = tensors(case, "grads-encoder");
+        let (found, loss) = encoder_gradients(case, false);
+        assert_relative(
+            &format!("{case} loss"),
+            &loss.reshape(1).unwrap(),
+            &expected["loss"],
+            1e-4,
+        );
+        let (mut n, mut worst_relative, mut worst_cosine) = (0, 0.0_f64, 1.0_f64);
+        for (name, grad) in found.iter().filter(|(name, _)| name.starts_with("text_encoder.")) {
+            let (relative, cosine) = compare(grad, &expected[&format!("{name}.grad")]);
+            worst_relative = worst_relative.max(relative);
+            worst_cosine = worst_cosine.min(cosine);
+            n += 1;
+        }
+        println!("{case}: {n} tensors, relative error <= {worst_relative:.1e}, cosine >= {worst_cosine:.9}");
+        assert_eq!(n, expected.keys().filter(|k| k.ends_with(".grad")).count());
+        assert!(worst_cosine >= 0.99999 && worst_relative <= 1e-3, "{case}");
+        let again = encoder_gradients(case, true).0;
+        for ((name, kept), (_, recomputed)) in found.iter().zip(&again) {
+            assert_eq!(values(kept), values(recomputed), "{case}: {name} with checkpointing");
+        }
     }
 }
 

@@ -8,6 +8,8 @@
 mod attempt;
 #[allow(dead_code)]
 mod support;
+#[path = "run/text_encoder.rs"]
+mod text_encoder;
 
 use std::{
     collections::BTreeMap,
@@ -136,6 +138,7 @@ fn no_setting_is_decoration() {
     let sgd = json!({"optimizer": "sgd"});
     let prodigy = json!({"optimizer": "prodigy", "learning_rate": 0.5});
     let restarts = json!({"lr_scheduler": "cosine_with_restarts"});
+    let encoder = json!({"train_text_encoder": true});
     let polynomial = json!({"lr_scheduler": "polynomial"});
     let none = json!({});
     // The setting, what it needs to have an effect, its other value.
@@ -149,6 +152,8 @@ fn no_setting_is_decoration() {
         ("use_rslora", &none, json!(true)),
         ("init_lora_weights", &none, json!("kaiming_uniform")),
         ("target_modules", &none, json!(["to_q"])),
+        ("train_text_encoder", &none, json!(true)),
+        ("text_encoder_lr", &encoder, json!(2e-3)),
         ("resolution", &none, json!(32)),
         ("center_crop", &none, json!(true)),
         ("random_flip", &none, json!(true)),
@@ -287,6 +292,33 @@ fn losses_with_half_weights_stay_within_a_hundredth() {
             assert!((a - b).abs() <= 1e-2 * b, "{precision}, step {step}: {a}, in f32 {b}");
         }
     }
+}
+
+/// Velocity, a text encoder with GELU, several heads per level, linear projections, sharded weights: what 2.x brings.
+#[test]
+fn a_base_of_the_2_line_trains_with_velocity_from_its_folder() {
+    let root = tempfile::tempdir().unwrap();
+    let job = |name: &str, changes: &Value| {
+        let mut spec = spec_on("tiny-sd2", root.path(), name, changes);
+        spec.sampling.prompts = vec!["icon of thing 1".to_owned()];
+        spec.sampling.num_inference_steps = 2;
+        spec.export.merged_pipeline = true;
+        let log = Recorder::default();
+        let end = run(&spec, &log);
+        assert!(matches!(end, WorkerEvent::Done { .. }), "{end:?}");
+        assert_eq!(log.losses().len(), 8);
+        assert!(log.losses().iter().all(|(_, loss)| loss.is_finite()));
+        let picture = |step: u64| fs::read(spec.attempt_dir.join(format!("samples/{step:08}-00.png"))).unwrap();
+        assert!(picture(0) != picture(8), "the adapter changed no picture");
+        spec
+    };
+    let velocity = job("velocity", &json!({}));
+    assert_eq!(velocity.hyperparameters["prediction_type"], "v_prediction");
+    let noise = job("noise", &json!({"prediction_type": "epsilon"}));
+    assert!(adapter_bytes(&velocity) != adapter_bytes(&noise));
+    let kohya = fs::read(velocity.attempt_dir.join("results/data-kohya.safetensors")).unwrap();
+    let (_, header) = safetensors::SafeTensors::read_metadata(&kohya).unwrap();
+    assert_eq!(header.metadata().as_ref().unwrap()["modelspec.prediction_type"], "v");
 }
 
 #[test]

@@ -78,7 +78,10 @@ fn both_generations_give_the_numbers_that_diffusers_gives() {
         let x = expected(name);
         let none = AdapterSet::default();
         let ids = x["ids"].to_dtype(DType::U32).unwrap();
-        let hidden = ClipTextModel::load(&base, &Device::Cpu).unwrap().forward(&ids).unwrap();
+        let hidden = ClipTextModel::load(&base, &Device::Cpu, &none)
+            .unwrap()
+            .forward(&ids)
+            .unwrap();
         assert_close(&format!("{name} text"), &hidden, &x["encoder_hidden_states"]);
         let unet = UNet2DConditionModel::load(&base, &Device::Cpu, &none).unwrap();
         let timesteps = x["timesteps"].to_dtype(DType::U32).unwrap();

@@ -116,6 +116,20 @@ impl LoraLinear {
             _ => self.base.forward(x, None),
         }
     }
+
+    /// [`Self::forward`] plus `residual`.
+    ///
+    /// # Shapes
+    /// `x` (…, in); `residual` (…, out) -> (…, out).
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn forward_onto(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        match &self.adapter {
+            Some((_, switch)) if switch.is_on() => ops::add(&self.forward(x)?, residual),
+            _ => self.base.forward(x, Some(residual)),
+        }
+    }
 }
 
 /// A frozen convolution on channels-last pictures.

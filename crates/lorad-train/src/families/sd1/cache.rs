@@ -1,22 +1,12 @@
-//! What training reads instead of pictures and captions: the VAE's posterior of each picture and the text encoder's
-//! embedding of each caption, computed once and kept on disk for other jobs. The encoders are dropped afterwards; only
-//! where captions are shuffled the text encoder stays, because then every sample has a text of its own.
-
-use std::collections::BTreeMap;
+//! What training reads instead of pictures: the VAE's posterior of each, computed once and kept on disk for other jobs.
+//! The VAE's encoder is dropped afterwards. Captions are [`super::text`]'s.
 
 use candle_core::{Device, Tensor};
 use image::GrayImage;
-use lorad_proto::{
-    dataset::Item,
-    event::{Level, Phase, WorkerEvent},
-    problem::Problem,
-};
+use lorad_proto::{dataset::Item, event::Phase, problem::Problem};
 use sha2::{Digest, Sha256};
 
-use super::{
-    clip::ClipTextModel, keys::Part, schema::Settings, tokenizer::ClipTokenizer, vae::AutoencoderKl,
-    weights::BaseFolder,
-};
+use super::{keys::Part, schema::Settings, vae::AutoencoderKl, weights::BaseFolder};
 use crate::{
     Result, TrainError,
     data::{self, Buckets, Framing, Key, Placement, TensorCache},
@@ -26,8 +16,6 @@ use crate::{
 
 /// Crops that are cached of a picture that loses something to the cut, when crops are random.
 const RANDOM_CROPS: u64 = 4;
-/// Texts that go through the text encoder at a time.
-const TEXT_BATCH: usize = 16;
 
 /// Mean and standard deviation of a picture's latents, each (c, h, w), not scaled: each step draws its own sample.
 #[derive(Debug)]
@@ -51,123 +39,13 @@ pub(super) struct CachedItem {
     pub(super) loss_weight: f64,
 }
 
-/// Embeddings by text, each (l, d).
-pub(super) type Embeddings = BTreeMap<String, Tensor>;
-
 /// Which arithmetic made an entry: the same weights give slightly other numbers on another kind of device.
-fn arithmetic(device: &Device) -> &'static str {
+pub(super) fn arithmetic(device: &Device) -> &'static str {
     match device {
         Device::Cpu => "cpu f32",
         Device::Cuda(_) => "cuda f32",
         Device::Metal(_) => "metal f32",
     }
-}
-
-/// Tokenizer and text encoder.
-#[derive(Debug)]
-pub(super) struct TextEncoder {
-    tokenizer: ClipTokenizer,
-    model: ClipTextModel,
-    /// All that its answers depend on besides the ids.
-    key: Key,
-    device: Device,
-}
-
-impl TextEncoder {
-    pub(super) fn load(base: &BaseFolder, device: &Device) -> Result<Self> {
-        Ok(Self {
-            tokenizer: base.tokenizer()?,
-            model: ClipTextModel::load(base, device)?,
-            key: Key::new("text")
-                .with(base.weights(Part::TextEncoder)?.content_hash()?)
-                .with(format!("{:?}", base.text_encoder))
-                .with(arithmetic(device)),
-            device: device.clone(),
-        })
-    }
-
-    /// The embeddings of these texts, each (l, d).
-    pub(super) fn encode(&self, texts: &[String]) -> Result<Vec<Tensor>> {
-        let ids = texts
-            .iter()
-            .map(|text| Ok(self.tokenizer.encode(text)?.ids))
-            .collect::<Result<Vec<_>>>()?;
-        self.encode_ids(&ids)
-    }
-
-    fn encode_ids(&self, ids: &[Vec<u32>]) -> Result<Vec<Tensor>> {
-        let mut embeddings = Vec::with_capacity(ids.len());
-        for batch in ids.chunks(TEXT_BATCH) {
-            let flat: Vec<u32> = batch.iter().flatten().copied().collect();
-            let ids = Tensor::from_vec(flat, (batch.len(), self.tokenizer.max_length()), &self.device)?;
-            let states = self.model.forward(&ids)?.detach();
-            for i in 0..batch.len() {
-                // A copy: a view would keep the whole batch.
-                embeddings.push(states.get(i)?.copy()?);
-            }
-        }
-        Ok(embeddings)
-    }
-}
-
-/// Embeds every text once, or finds it in the cache: the ids stand for text and tokenizer.
-///
-/// # Errors
-/// If the text encoder fails, or a command asks to stop.
-pub(super) fn embed(
-    encoder: &TextEncoder,
-    texts: impl IntoIterator<Item = String>,
-    cache: &mut TensorCache,
-    reporter: &dyn Reporter,
-) -> Result<Embeddings> {
-    let tokenizer = &encoder.tokenizer;
-    let mut embeddings: Embeddings = BTreeMap::new();
-    let mut missing: BTreeMap<String, Vec<u32>> = BTreeMap::new();
-    let mut truncated: BTreeMap<String, usize> = BTreeMap::new();
-    let key = |ids: &[u32]| {
-        let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
-        encoder.key.clone().with(bytes)
-    };
-    for text in texts {
-        if embeddings.contains_key(&text) || missing.contains_key(&text) {
-            continue;
-        }
-        let encoded = tokenizer.encode(&text)?;
-        if encoded.n_tokens > encoded.ids.len() {
-            truncated.insert(text.clone(), encoded.n_tokens);
-        }
-        match cache.find(&key(&encoded.ids)).as_deref() {
-            Some([embedding]) => {
-                embeddings.insert(text, embedding.clone());
-            }
-            _ => {
-                missing.insert(text, encoded.ids);
-            }
-        }
-    }
-    if let Some((text, n)) = truncated.first_key_value() {
-        reporter.emit(WorkerEvent::Alert {
-            code: "caption.truncated".to_owned(),
-            severity: Level::Warn,
-            step: 0,
-            detail: format!(
-                "{} texts are longer than the {} tokens that the text encoder reads, e.g. {text:?} ({n} tokens); the \
-                 rest has no effect.",
-                truncated.len(),
-                tokenizer.max_length(),
-            ),
-        });
-    }
-    let missing: Vec<(String, Vec<u32>)> = missing.into_iter().collect();
-    for batch in missing.chunks(TEXT_BATCH) {
-        reporter.check_stop()?;
-        let ids: Vec<Vec<u32>> = batch.iter().map(|(_, ids)| ids.clone()).collect();
-        for ((text, ids), embedding) in batch.iter().zip(encoder.encode_ids(&ids)?) {
-            cache.store(&key(ids), std::slice::from_ref(&embedding));
-            embeddings.insert(text.clone(), embedding);
-        }
-    }
-    Ok(embeddings)
 }
 
 /// Encodes every picture, in every variant that training may ask for, or finds it in the cache.

@@ -1,6 +1,11 @@
-//! CLIPTextModel, frozen.
+//! CLIPTextModel, frozen, with adapters beside its attention where the job trains it.
 
-use candle_core::{Device, Result, Tensor, bail};
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use candle_core::{Device, Result, Tensor, Var, bail};
 
 use super::{
     config::{ClipActivation, ClipConfig},
@@ -8,7 +13,7 @@ use super::{
 };
 use crate::{
     lora::AdapterSet,
-    nn::{LayerNorm, Linear, Loading, Params},
+    nn::{AdaptableModule, AdapterSwitch, LayerNorm, Linear, Loading, LoraLinear, Params},
     ops::{self, Activation},
 };
 
@@ -20,22 +25,25 @@ use crate::{
 pub struct ClipTextModel {
     token_embedding: Tensor,
     position_embedding: Tensor,
-    layers: Vec<EncoderLayer>,
+    layers: Vec<Arc<EncoderLayer>>,
     final_layer_norm: LayerNorm,
+    switch: AdapterSwitch,
+    /// A and B of every adapter.
+    adapters: Vec<(Var, Var)>,
+    checkpointing: AtomicBool,
 }
 
 impl ClipTextModel {
-    /// Loads the weights.
+    /// Loads the frozen weights and puts the adapters keyed `text_encoder.…` beside them.
     ///
     /// # Errors
-    /// Weights that do not fit the config.
-    pub fn load(base: &BaseFolder, device: &Device) -> crate::Result<Self> {
+    /// Weights that do not fit the config; adapters that do not fit, or that no module takes.
+    pub fn load(base: &BaseFolder, device: &Device, adapters: &AdapterSet) -> crate::Result<Self> {
         let weights = base.weights(super::keys::Part::TextEncoder)?;
-        let none = AdapterSet::default();
-        Ok(Self::build(
-            &base.text_encoder,
-            &Loading::new(&weights, device, &none, "text_encoder"),
-        )?)
+        let loading = Loading::new(&weights, device, adapters, "text_encoder");
+        let model = Self::build(&base.text_encoder, &loading)?;
+        loading.finish()?;
+        Ok(model)
     }
 
     pub(super) fn build(config: &ClipConfig, loading: &Loading<'_>) -> Result<Self> {
@@ -49,9 +57,12 @@ impl ClipTextModel {
                 .at("embeddings.position_embedding")
                 .tensor("weight", &[config.max_position_embeddings, width])?,
             layers: (0..config.num_hidden_layers)
-                .map(|i| EncoderLayer::load(&params.at(format_args!("encoder.layers.{i}")), config))
+                .map(|i| EncoderLayer::load(&params.at(format_args!("encoder.layers.{i}")), config).map(Arc::new))
                 .collect::<Result<_>>()?,
             final_layer_norm: LayerNorm::load(&params.at("final_layer_norm"), width, config.layer_norm_eps)?,
+            switch: loading.switch(),
+            adapters: loading.adapter_vars(),
+            checkpointing: AtomicBool::new(false),
         })
     }
 
@@ -72,22 +83,60 @@ impl ClipTextModel {
             .token_embedding
             .index_select(&ids.flatten_all()?, 0)?
             .reshape((b, l, width))?;
-        let mut x = tokens.broadcast_add(&self.position_embedding.narrow(0, 0, l)?)?;
+        let x = tokens.broadcast_add(&self.position_embedding.narrow(0, 0, l)?)?;
+        if self.switch.is_on() && !self.adapters.is_empty() && x.device().is_cpu() {
+            ops::on_tape(&self.adapters, || self.encode(x))
+        } else {
+            self.encode(x)
+        }
+    }
+
+    fn encode(&self, mut x: Tensor) -> Result<Tensor> {
+        let recompute = self.checkpointing.load(Ordering::Relaxed);
         for layer in &self.layers {
-            x = layer.forward(&x)?;
+            let layer = Arc::clone(layer);
+            x = ops::segment(&[&x], recompute, move |inputs| match inputs {
+                [x] => layer.forward(x),
+                _ => bail!("an encoder layer with {} inputs", inputs.len()),
+            })?;
         }
         self.final_layer_norm.forward(&x)
     }
+
+    /// As [`super::unet::UNet2DConditionModel::set_gradient_checkpointing`].
+    pub fn set_gradient_checkpointing(&self, on: bool) {
+        self.checkpointing.store(on, Ordering::Relaxed);
+    }
+
+    /// Whether the adapters take part in [`Self::forward`]. On at first.
+    pub fn set_adapters_enabled(&self, on: bool) {
+        self.switch.set(on);
+    }
+}
+
+/// The projections of every attention, in the order of the model, paths without `text_encoder.`: what diffusers and PEFT
+/// adapt in a CLIP text encoder.
+///
+/// # Errors
+/// If the config cannot make a model.
+///
+/// # Source
+/// diffusers v0.42.1 `examples/dreambooth/train_dreambooth_lora.py` (`text_lora_config`).
+pub fn adaptable_modules(config: &ClipConfig) -> Result<Vec<AdaptableModule>> {
+    let none = AdapterSet::default();
+    let loading = Loading::dry(&none);
+    ClipTextModel::build(config, &loading)?;
+    Ok(loading.adaptable())
 }
 
 /// Pre-norm self-attention and MLP.
 #[derive(Debug)]
 struct EncoderLayer {
     layer_norm1: LayerNorm,
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
-    out_proj: Linear,
+    q_proj: LoraLinear,
+    k_proj: LoraLinear,
+    v_proj: LoraLinear,
+    out_proj: LoraLinear,
     heads: usize,
     layer_norm2: LayerNorm,
     fc1: Linear,
@@ -99,7 +148,7 @@ impl EncoderLayer {
     fn load(params: &Params<'_>, config: &ClipConfig) -> Result<Self> {
         let width = config.hidden_size;
         let norm = |name: &str| LayerNorm::load(&params.at(name), width, config.layer_norm_eps);
-        let projection = |name: &str| Linear::load(&params.at(name), width, width, true);
+        let projection = |name: &str| LoraLinear::load(&params.at(name), width, width, true);
         Ok(Self {
             layer_norm1: norm("layer_norm1")?,
             q_proj: projection("self_attn.q_proj")?,
@@ -120,13 +169,13 @@ impl EncoderLayer {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let h = self.layer_norm1.forward(x)?;
         let (q, k, v) = (
-            self.q_proj.forward(&h, None)?,
-            self.k_proj.forward(&h, None)?,
-            self.v_proj.forward(&h, None)?,
+            self.q_proj.forward(&h)?,
+            self.k_proj.forward(&h)?,
+            self.v_proj.forward(&h)?,
         );
         let x = self
             .out_proj
-            .forward(&ops::attention(&q, &k, &v, self.heads, true)?, Some(x))?;
+            .forward_onto(&ops::attention(&q, &k, &v, self.heads, true)?, x)?;
         let h = self.fc1.forward(&self.layer_norm2.forward(&x)?, None)?;
         self.fc2.forward(&ops::activation(&h, self.activation)?, Some(&x))
     }

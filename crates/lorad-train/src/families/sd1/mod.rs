@@ -7,6 +7,7 @@ pub mod keys;
 mod resnet;
 pub mod schema;
 mod single;
+mod text;
 pub mod tokenizer;
 pub mod train;
 pub mod unet;
@@ -50,8 +51,10 @@ impl Family for Sd1 {
         FamilyInfo {
             id: self.id().to_owned(),
             name: "Stable Diffusion 1.x / 2.x".to_owned(),
-            summary: "Text-to-image latent diffusion with one CLIP text encoder, trained by LoRA on the UNet."
-                .to_owned(),
+            summary:
+                "Text-to-image latent diffusion with one CLIP text encoder, trained by LoRA on the UNet and, if asked \
+                      for, on the text encoder."
+                    .to_owned(),
             modality: "image".to_owned(),
             schema: crate::schema::json_schema("Hyperparameters of Stable Diffusion 1.x / 2.x", &schema::fields()),
             metrics: vec![
@@ -153,7 +156,11 @@ impl Family for Sd1 {
             .get("target_modules")
             .cloned()
             .unwrap_or_else(|| json!("attention"));
-        let selected = selected_modules(&base, &targets)?;
+        let mut selected = selected_modules(&base, &targets)?;
+        let on = |name: &str| hyperparameters.get(name) == Some(&Value::Bool(true));
+        if on("train_text_encoder") {
+            selected.extend(text_encoder_modules(&base)?);
+        }
         let rank = number("lora_rank") as usize;
         let trainable_params: u64 = selected
             .iter()
@@ -191,9 +198,12 @@ impl Family for Sd1 {
             number("resolution"),
             trainable_params,
         )?;
-        if hyperparameters.get("shuffle_caption") == Some(&Value::Bool(true)) {
+        if on("shuffle_caption") || on("train_text_encoder") {
             // The text encoder stays.
             memory.fixed += 4 * parameters(&base, keys::Part::TextEncoder)?;
+        }
+        if on("train_text_encoder") {
+            memory.add_text_encoder(&base, batch)?;
         }
         Ok(Plan {
             total_steps,
@@ -219,7 +229,18 @@ fn modules(base: &BaseFolder) -> Result<Vec<AdaptableModule>, Problem> {
     })
 }
 
-/// The modules that `target_modules` chooses.
+/// The modules of the text encoder that get an adapter where it is trained.
+fn text_encoder_modules(base: &BaseFolder) -> Result<Vec<AdaptableModule>, Problem> {
+    clip::adaptable_modules(&base.text_encoder).map_err(|e| {
+        Problem::new(
+            "base_model.invalid_config",
+            "A config file of the base model is not valid",
+            e.to_string(),
+        )
+    })
+}
+
+/// The modules of the UNet that `target_modules` chooses.
 fn selected_modules(base: &BaseFolder, targets: &Value) -> Result<Vec<AdaptableModule>, Problem> {
     let modules = modules(base)?;
     let refused = |details: Vec<String>| {
@@ -306,6 +327,17 @@ impl Memory {
             activations: outputs * KEPT_PER_LAYER,
             checkpoints: 2 * outputs + largest * KEPT_PER_LAYER,
         })
+    }
+
+    /// What a text encoder that is trained keeps for the backward.
+    fn add_text_encoder(&mut self, base: &BaseFolder, batch: u64) -> Result<(), Problem> {
+        /// Activations that a layer keeps, in units of its output: those of attention and, four times as wide, of the MLP.
+        const KEPT_PER_LAYER: u64 = 20;
+        let config = &base.text_encoder;
+        let output = 4 * batch * base.tokenizer()?.max_length() as u64 * config.hidden_size as u64;
+        self.activations += output * config.num_hidden_layers as u64 * KEPT_PER_LAYER;
+        self.checkpoints += output * (config.num_hidden_layers as u64 + KEPT_PER_LAYER);
+        Ok(())
     }
 
     fn total(&self, checkpointing: bool) -> u64 {

@@ -115,6 +115,22 @@ static FIELDS: &[Field] = &[
         "Which layers get an adapter: the preset attention (to_q, to_k, to_v, to_out.0) or transformer (also the MLPs and projections), a list of last path parts, or a pattern for whole paths.",
     ),
     field(
+        "train_text_encoder",
+        Kind::Boolean,
+        "false",
+        "",
+        Basic,
+        "Also train the text encoder, by adapters of the same rank and alpha beside its attention (q_proj, k_proj, v_proj, out_proj): learns new words better, and overfits sooner; captions are then encoded in every step.",
+    ),
+    field(
+        "text_encoder_lr",
+        positive(1.0),
+        "null",
+        "",
+        Advanced,
+        "Learning rate of the text encoder's adapters, under the same schedule; learning_rate if not given, half of it or less is common; where the two differ, Prodigy looks for a step size for each.",
+    ),
+    field(
         "resolution",
         Kind::Integer { min: 8, max: 4096 },
         "null",
@@ -219,6 +235,10 @@ pub(super) struct Settings {
     use_rslora: bool,
     pub(super) init_lora_weights: LoraInit,
     pub(super) target_modules: Value,
+    pub(super) learning_rate: f64,
+    pub(super) train_text_encoder: bool,
+    /// `None`: it is not trained.
+    pub(super) text_encoder_lr: Option<f64>,
     pub(super) resolution: u32,
     pub(super) center_crop: bool,
     pub(super) random_flip: bool,
@@ -353,6 +373,14 @@ pub(super) fn resolve(base: BaseFacts<'_>, given: &Map<String, Value>) -> Result
             ));
         }
     }
+    let train_text_encoder = given.get("train_text_encoder") == Some(&Value::Bool(true));
+    if set("text_encoder_lr") && !train_text_encoder {
+        errors.push(FieldError::new(
+            "/text_encoder_lr",
+            "contradiction",
+            "text_encoder_lr has no effect without train_text_encoder",
+        ));
+    }
     errors.extend(data::contradictions(given, base.resolution, base.multiple));
     errors.extend(optim::fields::contradictions(given));
     errors.extend(validation::contradictions(given));
@@ -362,6 +390,7 @@ pub(super) fn resolve(base: BaseFacts<'_>, given: &Map<String, Value>) -> Result
     }
     optim::fields::fill_in(given, &mut map);
     let checkpoint_every_steps = map["checkpoint_every_steps"].clone();
+    let learning_rate = map["learning_rate"].clone();
     let mut default = |name: &str, value: Value| {
         if map.get(name).is_none_or(Value::is_null) {
             map.insert(name.to_owned(), value);
@@ -370,6 +399,9 @@ pub(super) fn resolve(base: BaseFacts<'_>, given: &Map<String, Value>) -> Result
     default("resolution", json!(base.resolution));
     default("max_timestep", json!(base.num_train_timesteps));
     default("validation_every_steps", checkpoint_every_steps);
+    if train_text_encoder {
+        default("text_encoder_lr", learning_rate);
+    }
     if !set("max_train_steps") {
         default("num_epochs", json!(100));
     }
@@ -427,6 +459,7 @@ mod tests {
             open,
             [
                 "max_train_steps",
+                "text_encoder_lr",
                 "caption_prefix",
                 "caption_suffix",
                 "trigger_word",
@@ -439,6 +472,19 @@ mod tests {
         );
         let map = resolved(&json!({"max_train_steps": 7, "lora_alpha": 2})).unwrap();
         assert_eq!((&map["lora_alpha"], &map["num_epochs"]), (&json!(2.0), &Value::Null));
+    }
+
+    #[test]
+    fn the_text_encoders_rate_is_the_common_one_and_is_refused_where_it_is_not_trained() {
+        let map = resolved(&json!({"train_text_encoder": true, "learning_rate": 3e-4})).unwrap();
+        assert_eq!(map["text_encoder_lr"], json!(3e-4));
+        let map = resolved(&json!({"train_text_encoder": true, "optimizer": "prodigy"})).unwrap();
+        assert_eq!(map["text_encoder_lr"], json!(1.0));
+        let errors = resolved(&json!({"text_encoder_lr": 1e-5})).unwrap_err();
+        assert_eq!(
+            (errors[0].pointer.as_str(), errors[0].code.as_str()),
+            ("/text_encoder_lr", "contradiction")
+        );
     }
 
     #[test]

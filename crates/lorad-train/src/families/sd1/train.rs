@@ -16,8 +16,9 @@ use lorad_proto::{
 use sha2::{Digest, Sha256};
 
 use super::{
-    cache::{self, CachedItem, Embeddings, TextEncoder},
+    cache::{self, CachedItem},
     schema::Settings,
+    text::Texts,
     unet::UNet2DConditionModel,
     vae::AutoencoderKl,
     weights::{BaseFolder, TensorHead},
@@ -28,11 +29,14 @@ use crate::{
     diffusion::{ddim::Ddim, loss::LossConfig, sample::sample_latents, schedule::NoiseSchedule},
     export::{self, BaseTraits, ExportJob},
     lora::{AdapterSet, init},
+    nn::{AdaptableModule, ModuleKind},
     rng::{Purpose, Stream},
     task::{ExportContext, MicroBatch, Prompt, Reporter, Task},
     validation::{self, Validation},
 };
 
+/// What adapters of the text encoder are called by, before the first dot.
+const TEXT_ENCODER: &str = "text_encoder";
 /// Held-out items that a validation looks at.
 const VALIDATION_ITEMS: usize = 32;
 /// Parts of the schedule that a validation looks at and tells apart.
@@ -103,9 +107,7 @@ pub(super) struct Sd1Task {
     samples: Vec<usize>,
     /// Never trained on.
     held_out: Vec<CachedItem>,
-    embeddings: Embeddings,
-    /// Kept if captions are shuffled.
-    text_encoder: Option<TextEncoder>,
+    texts: Texts,
     fingerprints: BTreeMap<String, String>,
     device: Device,
 }
@@ -146,20 +148,19 @@ impl Sd1Task {
         let sampling = &spec.sampling;
         let captions = &settings.data.caption;
         let mut cache = TensorCache::open(spec.cache.dir.as_deref(), spec.cache.max_bytes, device)?;
-        let mut texts: Vec<String> = items
+        let mut texts: BTreeSet<String> = items
             .iter()
             .map(|item| captions.template(&item.caption, item.is_reg))
             .collect();
         if settings.caption_dropout > 0.0 {
-            texts.push(String::new());
+            texts.insert(String::new());
         }
         if !sampling.prompts.is_empty() {
-            texts.push(sampling.negative_prompt.clone());
+            texts.insert(sampling.negative_prompt.clone());
             texts.extend(sampling.prompts.iter().cloned());
         }
-        let text_encoder = TextEncoder::load(&base, device)?;
-        let embeddings = cache::embed(&text_encoder, texts, &mut cache, reporter)?;
-        let text_encoder = captions.shuffle_caption.then_some(text_encoder);
+        let adapters = fresh_adapters(&base, &settings, device)?;
+        let texts = Texts::prepare(&base, device, &settings, &adapters, &texts, &mut cache, reporter)?;
         let vae = AutoencoderKl::load(&base, device)?;
         let scaling_factor = vae.scaling_factor();
         let held = held_out(&items, &settings);
@@ -187,12 +188,14 @@ impl Sd1Task {
         let (items, held_out) = split(items, &held);
         let vae = (!sampling.prompts.is_empty()).then(|| vae.without_encoder());
 
-        let adapters = fresh_adapters(&base, &settings, device)?;
         let dtype = settings.mixed_precision.weight_type();
         let unet = UNet2DConditionModel::load_as(&base, device, &adapters, dtype)?;
         let batch = settings.batch_size as u64;
         let trainable = adapters.named_vars().iter().map(|(_, v)| v.elem_count() as u64).sum();
-        let memory = super::Memory::estimate(&base, 0, batch, u64::from(settings.resolution), trainable)?;
+        let mut memory = super::Memory::estimate(&base, 0, batch, u64::from(settings.resolution), trainable)?;
+        if settings.train_text_encoder {
+            memory.add_text_encoder(&base, batch)?;
+        }
         // The weights are loaded by now; what is asked is whether the rest fits.
         let checkpointing = settings
             .gradient_checkpointing
@@ -209,6 +212,7 @@ impl Sd1Task {
             );
         }
         unet.set_gradient_checkpointing(checkpointing);
+        texts.set_gradient_checkpointing(checkpointing);
         Ok(Self {
             base,
             settings,
@@ -220,39 +224,24 @@ impl Sd1Task {
             items,
             samples,
             held_out,
-            embeddings,
-            text_encoder,
+            texts,
             fingerprints,
             device: device.clone(),
         })
     }
 
-    fn embedding(&self, text: &str) -> Result<&Tensor> {
-        self.embeddings.get(text).ok_or_else(|| {
-            Problem::new(
-                "prompt.unknown",
-                "A prompt was not prepared",
-                format!("{text:?} is not among the job's prompts."),
-            )
-            .into()
-        })
-    }
-
-    /// The embedding of one sample's caption; a shuffled one is drawn and read now.
-    fn text_of(&self, item: &CachedItem, counter: u64) -> Result<Tensor> {
+    /// What the text encoder reads of one sample.
+    fn text_of(&self, item: &CachedItem, counter: u64) -> String {
         let (seed, settings) = (self.settings.seed, &self.settings);
         let dropout = settings.caption_dropout;
         if dropout > 0.0 && Stream::new(seed, Purpose::CaptionDropout, counter).uniform() < dropout {
-            return Ok(self.embedding("")?.clone());
+            return String::new();
         }
-        let Some(encoder) = &self.text_encoder else {
-            return Ok(self.embedding(&item.caption)?.clone());
-        };
+        if !settings.data.caption.shuffle_caption {
+            return item.caption.clone();
+        }
         let mut stream = Stream::new(seed, Purpose::CaptionShuffle, counter);
-        let text = settings.data.caption.shuffled(&item.caption, &mut stream);
-        // One text at a time, so that its numbers do not depend on what else is in the micro-batch.
-        let embedding = encoder.encode(&[text])?.pop();
-        embedding.ok_or_else(|| candle_core::Error::Msg("the text encoder gave nothing".to_owned()).into())
+        settings.data.caption.shuffled(&item.caption, &mut stream)
     }
 
     /// Draws everything random of a micro-batch.
@@ -272,7 +261,7 @@ impl Sd1Task {
             noises.push(self.with_offset(normals(Purpose::Noise)?, counter)?);
             let span = u64::from(self.settings.max_timestep - self.settings.min_timestep);
             timesteps.push(self.settings.min_timestep + stream(Purpose::Timestep).below(span) as u32);
-            texts.push(self.text_of(item, counter)?);
+            texts.push(self.text_of(item, counter));
             weights.push(item.loss_weight);
             masks.push(posterior.mask.as_ref());
         }
@@ -280,7 +269,7 @@ impl Sd1Task {
             latents: Tensor::stack(&latents, 0)?,
             noise: Tensor::stack(&noises, 0)?,
             timesteps,
-            encoder_hidden_states: Tensor::stack(&texts, 0)?,
+            encoder_hidden_states: self.texts.embed(&texts)?,
             weights,
             mask: stack_masks(&masks)?,
         })
@@ -288,9 +277,13 @@ impl Sd1Task {
 
     /// Runs `work` with the adapters or without them.
     fn with_adapters<T>(&self, on: bool, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        self.unet.set_adapters_enabled(on);
+        let switch = |on| {
+            self.unet.set_adapters_enabled(on);
+            self.texts.set_adapters_enabled(on);
+        };
+        switch(on);
         let result = work();
-        self.unet.set_adapters_enabled(true);
+        switch(true);
         result
     }
 
@@ -309,13 +302,13 @@ impl Sd1Task {
                 mean.shape(),
                 &self.device,
             )?);
-            texts.push(self.embedding(&item.caption)?.clone());
+            texts.push(item.caption.clone());
         }
         Ok(DenoisingBatch {
             latents: Tensor::stack(&latents, 0)?,
             noise: Tensor::stack(&noises, 0)?,
             timesteps,
-            encoder_hidden_states: Tensor::stack(&texts, 0)?,
+            encoder_hidden_states: self.texts.embed(&texts)?.detach(),
             weights: Vec::new(),
             mask: None,
         })
@@ -374,11 +367,18 @@ fn stack_masks(masks: &[Option<&Tensor>]) -> candle_core::Result<Option<Tensor>>
 /// Adapters at their start for the modules that the settings choose.
 fn fresh_adapters(base: &BaseFolder, settings: &Settings, device: &Device) -> Result<AdapterSet> {
     let mut adapters = AdapterSet::default();
-    for module in super::selected_modules(base, &settings.target_modules)? {
-        let path = format!("unet.{}", module.path);
+    let mut modules: Vec<(String, ModuleKind)> = Vec::new();
+    let mut add = |root: &str, found: Vec<AdaptableModule>| {
+        modules.extend(found.into_iter().map(|m| (format!("{root}.{}", m.path), m.kind)));
+    };
+    add("unet", super::selected_modules(base, &settings.target_modules)?);
+    if settings.train_text_encoder {
+        add(TEXT_ENCODER, super::text_encoder_modules(base)?);
+    }
+    for (path, kind) in modules {
         let adapter = init::fresh(
             &path,
-            module.kind,
+            kind,
             settings.lora_rank,
             settings.effective_alpha(),
             settings.init_lora_weights,
@@ -421,6 +421,13 @@ impl Task for Sd1Task {
         self.fingerprints.clone()
     }
 
+    fn lr_factor(&self, tensor: &str) -> f64 {
+        match self.settings.text_encoder_lr {
+            Some(lr) if tensor.starts_with(TEXT_ENCODER) => lr / self.settings.learning_rate,
+            _ => 1.0,
+        }
+    }
+
     fn loss(&self, batch: &MicroBatch) -> Result<Tensor> {
         let batch = self.inputs(batch)?;
         Ok(denoising_loss(&self.unet, &self.schedule, &self.settings.loss, &batch)?)
@@ -444,9 +451,9 @@ impl Task for Sd1Task {
             let batches = items.chunk_by(|a, b| a.size == b.size);
             for items in batches.flat_map(|items| items.chunks(self.settings.batch_size)) {
                 on_progress()?;
-                let batch = self.validation_batch(items, first, bin)?;
                 // The plain loss, whatever the job trains on: runs with other weights stay comparable.
                 let loss = self.with_adapters(with_adapter, || {
+                    let batch = self.validation_batch(items, first, bin)?;
                     Ok(denoising_loss(
                         &self.unet,
                         &self.schedule,
@@ -474,25 +481,27 @@ impl Task for Sd1Task {
     ) -> Result<Vec<RgbImage>> {
         let Some(vae) = &self.vae else { return Ok(Vec::new()) };
         let ddim = Ddim::new(&self.schedule, sampling.num_inference_steps as usize)?;
-        let negative = self.embedding(&sampling.negative_prompt)?.unsqueeze(0)?;
         let side = self.settings.resolution as usize / self.base.vae.downscale();
         let shape = (self.base.unet.in_channels, side, side);
         let n = shape.0 * side * side;
         self.with_adapters(with_adapter, || {
+            let negative = self
+                .texts
+                .embed(std::slice::from_ref(&sampling.negative_prompt))?
+                .detach();
             let mut pictures = Vec::with_capacity(prompts.len());
             for batch in prompts.chunks(SAMPLE_BATCH) {
                 let mut noise = Vec::with_capacity(batch.len());
-                let mut positive = Vec::with_capacity(batch.len());
                 for prompt in batch {
                     let values = Stream::new(prompt.seed, Purpose::Sample, 0).normals(n);
                     noise.push(Tensor::from_vec(values, shape, &self.device)?);
-                    positive.push(self.embedding(&prompt.text)?.clone());
                 }
+                let texts: Vec<String> = batch.iter().map(|prompt| prompt.text.clone()).collect();
                 let mut stopped = None;
                 let latents = sample_latents(
                     &ddim,
                     &Tensor::stack(&noise, 0)?,
-                    &Tensor::stack(&positive, 0)?,
+                    &self.texts.embed(&texts)?.detach(),
                     &negative,
                     sampling.guidance_scale,
                     &|latents, t, texts| self.unet.forward(latents, t, texts),
