@@ -7,12 +7,13 @@
 
 CASES.json is a list of
     {"name": "...", "base": DIR, "results": DIR, "probe": FILE, "rank": 8, "alpha": 4.0,
-     "target_modules": ["to_q", ...], "merged": true}
+     "target_modules": ["to_q", ...], "merged": true, "text_encoder": false}
 
 `results` holds `pytorch_lora_weights.safetensors`, one `*-kohya.safetensors`, one `*-peft.zip`, and with `merged` also
 `fine_tuned_model.zip`. `probe` is what lorad itself computed with the adapter that it exported: `sample`, `timesteps`,
 `encoder_hidden_states`, `out` (the UNet's output with the adapter), and the adapter's own tensors under
-`unet.<module>.lora_A.weight` / `.lora_B.weight`.
+`unet.<module>.lora_A.weight` / `.lora_B.weight`. With `text_encoder` the adapter has tensors of the text encoder too,
+`text_encoder.text_model.<module>.…`, and `encoder_hidden_states` is what lorad's own text encoder made of `input_ids` with it.
 
 One process for all cases: importing torch takes longer than the checks.
 """
@@ -35,6 +36,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import diffusers
 import torch
+import transformers.integrations.peft
 from diffusers import StableDiffusionPipeline
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from peft import LoraConfig, PeftModel
@@ -43,7 +45,11 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipelines import GOLDEN, TARGETS, generator, load_pipeline, set_deterministic
+from pipelines import GOLDEN, TARGETS, TEXT_ENCODER_TARGETS, generator, load_pipeline, set_deterministic
+
+# transformers 5.24 asks for PEFT 0.22 before it takes an adapter, which was released after it. Loading one needs nothing
+# that 0.21 has not; that it loads the right thing is what is checked here.
+transformers.integrations.peft.MIN_PEFT_VERSION = "0.21.0"
 
 # Output of the UNet against lorad's, largest difference over largest value. Both are f32.
 OUTPUT_TOLERANCE = 1e-4
@@ -109,10 +115,23 @@ def no_complaints():
     said = [
         s for s in said
         if any(word in s.lower() for word in ("key", "lora", "adapter", "weight"))
-        # An adapter of the UNet alone is what lorad makes.
+        # Most jobs adapt the UNet alone; that a text encoder's adapter is loaded is checked by its layers.
         and not s.startswith("No LoRA keys associated to CLIPTextModel")
     ]
     require(not said, f"the loader complains: {' | '.join(said)[:500]}")
+
+
+def text_name(module: str) -> str:
+    """A module of the text encoder as checkpoints call it; transformers 5 leaves `text_model.` out."""
+    return module if module.startswith("text_model.") else f"text_model.{module}"
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model's folder."""
+    tensors = {}
+    for f in folder.glob("*.safetensors"):
+        tensors |= load_file(f)
+    return tensors
 
 
 class Case:
@@ -126,14 +145,21 @@ class Case:
         self.scratch = scratch
         probe = load_file(spec["probe"])
         self.probe = {k: probe.pop(k) for k in ("sample", "timesteps", "encoder_hidden_states", "out")}
+        self.input_ids = probe.pop("input_ids", None)
         self.adapter = probe
-        unet = load_pipeline(self.base).unet
+        pipe = load_pipeline(self.base)
+        unet = pipe.unet
         with torch.no_grad():
             self.base_out = self.run(unet)
         self.modules = {
             n for n, m in unet.named_modules()
             if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) and any(n == t or n.endswith(f".{t}") for t in self.targets)
         }
+        # By their names in checkpoints, whatever transformers calls them.
+        self.text_modules = {
+            text_name(n) for n, m in pipe.text_encoder.named_modules()
+            if isinstance(m, torch.nn.Linear) and n.split(".")[-1] in TEXT_ENCODER_TARGETS
+        } if spec.get("text_encoder") else set()
         self.all_lora_modules = {
             f"{block}.{child}"
             for block, t in unet.named_modules() if isinstance(t, Transformer2DModel)
@@ -145,14 +171,19 @@ class Case:
         require(len(found) == 1, f"expected one {pattern} in the results, found {[p.name for p in found]}")
         return found[0]
 
-    def unzip(self, pattern: str, marker: str) -> Path:
-        """Unpacks the archive and returns the folder that holds `marker`."""
+    def tensor_names(self) -> set[str]:
+        """The adapter's tensors by lorad's names, which are those of the diffusers file."""
+        modules = [f"unet.{m}" for m in self.modules] + [f"text_encoder.{m}" for m in self.text_modules]
+        return {f"{m}.lora_{x}.weight" for m in modules for x in "AB"}
+
+    def unzip(self, pattern: str, marker: str, count: int = 1) -> Path:
+        """Unpacks the archive and returns the folder that holds `marker`: of `count`, the outermost."""
         archive, out = self.one_file(pattern), self.scratch / self.name / pattern.strip("*-.").replace(".", "_")
         with zipfile.ZipFile(archive) as z:
             require(z.testzip() is None, f"{archive.name} is damaged")
             z.extractall(out)
-        found = list(out.rglob(marker))
-        require(len(found) == 1, f"{archive.name}: expected one {marker}, found {len(found)}")
+        found = sorted(out.rglob(marker), key=lambda p: len(p.parts))
+        require(len(found) == count, f"{archive.name}: expected {count} {marker}, found {len(found)}")
         return found[0].parent
 
     def run(self, unet, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -160,21 +191,25 @@ class Case:
         with torch.no_grad():
             return unet(p["sample"].to(dtype), p["timesteps"], p["encoder_hidden_states"].to(dtype)).sample
 
-    def delta(self, module: str) -> torch.Tensor:
+    def delta(self, module: str, root: str = "unet") -> torch.Tensor:
         """ΔW of the adapter that lorad trained, flattened to two dimensions."""
-        a, b = (self.adapter[f"unet.{module}.lora_{x}.weight"].double().flatten(1) for x in "AB")
+        a, b = (self.adapter[f"{root}.{module}.lora_{x}.weight"].double().flatten(1) for x in "AB")
         return self.alpha / self.rank * (b @ a)
 
     def check_probe(self) -> str:
         """The probe itself: complete, and with an adapter that changes the output."""
-        names = {f"unet.{m}.lora_{x}.weight" for m in self.modules for x in "AB"}
-        require_same_keys("adapter tensors against the UNet's target modules", self.adapter, names)
+        require_same_keys("adapter tensors against the target modules", self.adapter, self.tensor_names())
         for n, t in self.adapter.items():
             require(bool(torch.isfinite(t).all()) and t.abs().max() > 0, f"{n} is zero or not finite")
             require(t.shape[0 if ".lora_A." in n else 1] == self.rank, f"{n}: shape {tuple(t.shape)} is not of rank {self.rank}")
         moved = relative_error(self.base_out, self.probe["out"])
         require(moved > 10 * OUTPUT_TOLERANCE, f"the adapter changes the output by {moved:.1e} only: nothing could be told from it")
-        return f"{len(self.modules)} modules, rank {self.rank}, alpha {self.alpha:g}, output moved by {moved:.2e}"
+        if self.text_modules:
+            with torch.no_grad():
+                plain = load_pipeline(self.base).text_encoder(self.input_ids)[0]
+            moved_text = relative_error(plain, self.probe["encoder_hidden_states"])
+            require(moved_text > 10 * OUTPUT_TOLERANCE, f"the adapter changes the embeddings by {moved_text:.1e} only")
+        return f"{len(self.modules)} + {len(self.text_modules)} modules, rank {self.rank}, alpha {self.alpha:g}, output moved by {moved:.2e}"
 
     def compare_output(self, unet, tolerance: float = OUTPUT_TOLERANCE) -> str:
         error = relative_error(self.run(unet), self.probe["out"])
@@ -186,13 +221,25 @@ class Case:
                 f"by {relative_error(self.probe['out'], exact):.2e}, the reference's in f32 by {relative_error(f32, exact):.2e}")
         return f"output within {error:.1e}"
 
-    def compare_layers(self, unet, adapter: str, prefix: str = "") -> None:
+    def compare_text(self, text_encoder, adapter: str | None, prefix: str = "", tolerance: float = OUTPUT_TOLERANCE) -> str:
+        """The text encoder's layers (unless merged) and what it makes of the probe's ids."""
+        if adapter is not None:
+            self.compare_layers(text_encoder, adapter, prefix, "text_encoder")
+        if not self.text_modules:
+            return ""
+        with torch.no_grad():
+            error = relative_error(text_encoder(self.input_ids)[0], self.probe["encoder_hidden_states"])
+        require(error <= tolerance, f"embeddings differ from lorad's by {error:.2e} > {tolerance:.0e} relative")
+        return f", embeddings within {error:.1e}"
+
+    def compare_layers(self, model, adapter: str, prefix: str = "", root: str = "unet") -> None:
         """Every target module is wrapped, none besides, and each gives lorad's ΔW with the scale that the loader chose."""
-        layers = {n.removeprefix(prefix): m for n, m in unet.named_modules() if isinstance(m, LoraLayer)}
-        require_same_keys("adapted modules", layers, self.modules)
+        name = str if root == "unet" else text_name
+        layers = {name(n.removeprefix(prefix)): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+        require_same_keys(f"adapted modules of {root}", layers, self.modules if root == "unet" else self.text_modules)
         for n, layer in layers.items():
             require(adapter in layer.lora_A, f"{n} has no adapter")
-            error = relative_error(layer.get_delta_weight(adapter).flatten(1), self.delta(n))
+            error = relative_error(layer.get_delta_weight(adapter).flatten(1), self.delta(n, root))
             require(error <= DELTA_TOLERANCE, f"{n}: ΔW differs by {error:.2e} relative (scale {layer.scaling[adapter]:g})")
 
     # --- the diffusers file ---
@@ -202,16 +249,17 @@ class Case:
         require(file.is_file(), f"{file.name} is missing")
         with safe_open(file, "pt") as f:
             keys = set(f.keys())
-        names = {f"unet.{m}.lora_{x}.weight" for m in self.modules for x in "AB"}
         require(not any(k.endswith(".alpha") for k in keys), "it holds `.alpha` keys, which diffusers refuses")
-        require_same_keys("keys", keys, names)
+        require_same_keys("keys", keys, self.tensor_names())
         meta = read_metadata(file)
         require(meta.get("format") == "pt", "`__metadata__.format` is not `pt`")
         if "lora_adapter_metadata" in meta:
             config = json.loads(meta["lora_adapter_metadata"])
-            require(all(k.startswith("unet.") for k in config), f"lora_adapter_metadata keys without `unet.`: {some(config)}")
-            LoraConfig(**{k.removeprefix("unet."): v for k, v in config.items()})
-            require(config.get("unet.r") == self.rank, f"lora_adapter_metadata says r = {config.get('unet.r')}")
+            roots = {"unet", "text_encoder"} if self.text_modules else {"unet"}
+            require({k.split(".")[0] for k in config} == roots, f"lora_adapter_metadata keys of other models: {some(config)}")
+            for root in roots:
+                LoraConfig(**{k.removeprefix(f"{root}."): v for k, v in config.items() if k.startswith(f"{root}.")})
+                require(config.get(f"{root}.r") == self.rank, f"lora_adapter_metadata says r = {config.get(f'{root}.r')}")
         self.check_shared_metadata(meta, "diffusers file")
         return f"{len(keys)} tensors, {len(meta)} metadata entries"
 
@@ -221,20 +269,24 @@ class Case:
             pipe.load_lora_weights(self.results, adapter_name="job")
         state = get_peft_model_state_dict(pipe.unet, adapter_name="job")
         file = load_file(self.results / "pytorch_lora_weights.safetensors")
-        file = {k.removeprefix("unet."): v for k, v in file.items()}
+        file = {k.removeprefix("unet."): v for k, v in file.items() if k.startswith("unet.")}
         require_same_keys("loaded state", state, file)
         for k, v in file.items():
             require(torch.equal(state[k], v.float()), f"{k}: loaded value differs from the file")
+        return self.compare_both(pipe)
+
+    def compare_both(self, pipe) -> str:
+        """Layers and outputs of a pipeline into which the adapter was loaded as `job`."""
         self.compare_layers(pipe.unet, "job")
-        return self.compare_output(pipe.unet)
+        text = self.compare_text(pipe.text_encoder, "job")
+        return self.compare_output(pipe.unet) + text
 
     def check_diffusers_without_metadata(self) -> str:
         """Readers before diffusers 0.34, and many tools, ignore `lora_adapter_metadata` and take alpha = rank."""
         pipe = load_pipeline(self.base)
         with no_complaints():
             pipe.load_lora_weights(load_file(self.results / "pytorch_lora_weights.safetensors"), adapter_name="job")
-        self.compare_layers(pipe.unet, "job")
-        return self.compare_output(pipe.unet)
+        return self.compare_both(pipe)
 
     def check_pipeline_call(self) -> str:
         """`pipe(prompt)` as a user calls it: the adapter draws another picture than the base."""
@@ -252,22 +304,23 @@ class Case:
 
     # --- the kohya file ---
 
-    def kohya_name(self, module: str) -> str:
-        return "lora_unet_" + module.replace(".", "_")
+    def kohya_name(self, module: str, root: str = "unet") -> str:
+        return {"unet": "lora_unet_", "text_encoder": "lora_te_"}[root] + module.replace(".", "_")
 
     def check_kohya_file(self) -> str:
         file = self.one_file("*-kohya.safetensors")
         tensors = load_file(file)
-        names = {self.kohya_name(m): m for m in self.modules}
+        names = {self.kohya_name(m): ("unet", m) for m in self.modules}
+        names |= {self.kohya_name(m, "text_encoder"): ("text_encoder", m) for m in self.text_modules}
         parts = ("lora_down.weight", "lora_up.weight", "alpha")
         require_same_keys("keys", tensors, {f"{n}.{p}" for n in names for p in parts})
-        for n, module in names.items():
+        for n, (root, module) in names.items():
             down, up, alpha = (tensors[f"{n}.{p}"] for p in parts)
             require(alpha.ndim == 0, f"{n}.alpha has shape {tuple(alpha.shape)}, not a scalar")
-            require(down.shape == self.adapter[f"unet.{module}.lora_A.weight"].shape, f"{n}: lora_down has shape {tuple(down.shape)}")
-            require(up.shape == self.adapter[f"unet.{module}.lora_B.weight"].shape, f"{n}: lora_up has shape {tuple(up.shape)}")
+            require(down.shape == self.adapter[f"{root}.{module}.lora_A.weight"].shape, f"{n}: lora_down has shape {tuple(down.shape)}")
+            require(up.shape == self.adapter[f"{root}.{module}.lora_B.weight"].shape, f"{n}: lora_up has shape {tuple(up.shape)}")
             scale = alpha.double().item() / down.shape[0]
-            error = relative_error(scale * (up.double().flatten(1) @ down.double().flatten(1)), self.delta(module))
+            error = relative_error(scale * (up.double().flatten(1) @ down.double().flatten(1)), self.delta(module, root))
             require(error <= DELTA_TOLERANCE, f"{n}: ΔW differs by {error:.2e} relative (alpha {alpha.item():g})")
         meta = read_metadata(file)
         require("lora_adapter_metadata" not in meta, "lora_adapter_metadata in a kohya file: diffusers refuses alphas beside it")
@@ -296,6 +349,11 @@ class Case:
         clash = {n: m for n, m in by_name.items() if len(m) > 1}
         require(not clash, f"two modules with one name: {some(clash)}")
         modules = {k.split(".", 1)[0] for k in load_file(self.one_file("*-kohya.safetensors"))}
+        of_text = {n for n in modules if n.startswith("lora_te_")}
+        # comfy/lora.py, model_lora_keys_clip: LORA_CLIP_MAP of every layer.
+        known = {self.kohya_name(m, "text_encoder") for m in self.text_modules}
+        require(of_text <= known, f"names that no module of the text encoder has: {some(of_text - known)}")
+        modules -= of_text
         require(modules <= by_name.keys(), f"names that no module of the UNet has: {some(modules - by_name.keys())}")
         return f"{len(modules)} of the UNet's {len(by_name)} transformer modules"
 
@@ -303,18 +361,18 @@ class Case:
         """diffusers' own converter: it raises when a key is left over."""
         file = self.one_file("*-kohya.safetensors")
         state, alphas = StableDiffusionPipeline.lora_state_dict(self.results, weight_name=file.name)
-        require(len(state) == 2 * len(self.modules), f"the converter gives {len(state)} tensors for {len(self.modules)} modules")
-        require(len(alphas) == len(self.modules), f"the converter gives {len(alphas)} alphas for {len(self.modules)} modules")
+        n = len(self.modules) + len(self.text_modules)
+        require(len(state) == 2 * n, f"the converter gives {len(state)} tensors for {n} modules")
+        require(len(alphas) == n, f"the converter gives {len(alphas)} alphas for {n} modules")
         pipe = load_pipeline(self.base)
         with no_complaints():
             pipe.load_lora_weights(self.results, weight_name=file.name, adapter_name="job")
-        self.compare_layers(pipe.unet, "job")
-        return self.compare_output(pipe.unet)
+        return self.compare_both(pipe)
 
     # --- the PEFT folder ---
 
     def check_peft_load(self) -> str:
-        folder = self.unzip("*-peft.zip", "adapter_config.json")
+        folder = self.unzip("*-peft.zip", "adapter_config.json", 3 if self.text_modules else 1)
         config = json.loads((folder / "adapter_config.json").read_text())
         require(config.get("peft_type") == "LORA", f"peft_type is {config.get('peft_type')}")
         require(config.get("r") == self.rank and config.get("lora_alpha") == self.alpha, "r or lora_alpha differs from the job's")
@@ -334,7 +392,26 @@ class Case:
             again = model.load_adapter(folder, adapter_name="again")
         require(not again.missing_keys, f"missing keys: {some(again.missing_keys)}")
         require(not again.unexpected_keys, f"unexpected keys: {some(again.unexpected_keys)}")
-        return result
+        return result + self.check_peft_text(folder)
+
+    def check_peft_text(self, folder: Path) -> str:
+        """The text encoder's folders: one for this transformers, one in which modules are called as in checkpoints."""
+        if not self.text_modules:
+            return ""
+        for sub, prefix in (("text_encoder", ""), ("text_encoder-transformers4", "text_model.")):
+            file = load_file(folder / sub / "adapter_model.safetensors")
+            inner = {m: prefix + m.removeprefix("text_model.") for m in self.text_modules}
+            names = {f"base_model.model.{inner[m]}.lora_{x}.weight": f"text_encoder.{m}.lora_{x}.weight"
+                     for m in self.text_modules for x in "AB"}
+            require_same_keys(f"{sub}: keys", file, names)
+            for k, name in names.items():
+                require(torch.equal(file[k], self.adapter[name]), f"{sub}: {k} differs from the adapter")
+            config = json.loads((folder / sub / "adapter_config.json").read_text())
+            require(set(config["target_modules"]) == set(inner.values()), f"{sub}: target_modules differ")
+        with no_complaints():
+            model = PeftModel.from_pretrained(
+                load_pipeline(self.base).text_encoder, folder / "text_encoder", adapter_name="job").eval()
+        return self.compare_text(model, "job", "base_model.model.")
 
     # --- the merged pipeline ---
 
@@ -347,38 +424,42 @@ class Case:
                 {k: v for k, v in pipe.scheduler.config.items() if k != "_diffusers_version"} ==
                 {k: v for k, v in base.scheduler.config.items() if k != "_diffusers_version"}, "the scheduler's config differs")
         require(pipe.tokenizer(PROMPT).input_ids == base.tokenizer(PROMPT).input_ids, "the tokenizer differs")
-        for part in ("vae", "text_encoder"):
+        for part in ("vae",) if self.text_modules else ("vae", "text_encoder"):
             a, b = getattr(pipe, part).state_dict(), getattr(base, part).state_dict()
             require_same_keys(part, a, b)
             require(all(torch.equal(a[k], b[k]) for k in b), f"{part} differs from the base's")
-        stored, dtypes = {}, set()
-        for f in (folder / "unet").glob("*.safetensors"):
-            stored |= load_file(f)
-        original = base.unet.state_dict()
-        require_same_keys("unet", stored, original)
-        base_files = {}
-        for f in (self.base / "unet").glob("*.safetensors"):
-            base_files |= load_file(f)
-        for k, v in stored.items():
-            require(v.dtype == base_files[k].dtype, f"{k} is {v.dtype}, {base_files[k].dtype} in the base")
-            dtypes.add(v.dtype)
-            module = k.removesuffix(".weight")
-            if module not in self.modules:
-                require(torch.equal(v, base_files[k]), f"{k} has no adapter, but differs from the base")
-                continue
-            exact = base_files[k].double() + self.delta(module).reshape(v.shape)
-            # Rounded to nearest once: off by at most half a unit in the last place, plus f32 error of ΔW. Below the
-            # smallest normal number a dtype's unit no longer shrinks.
-            info = torch.finfo(v.dtype)
-            allowed = 0.51 * info.eps * exact.abs().clamp_min(info.tiny) + DELTA_TOLERANCE * self.delta(module).abs().max()
-            off = (v.double() - exact).abs() - allowed
-            require(bool((off <= 0).all()), f"{k}: merged weight is not W + ΔW rounded once (off by {off.max():.1e} more)")
-        require(len(dtypes) == 1, f"mixed dtypes: {dtypes}")
-        dtype = dtypes.pop()
+        require_same_keys("unet", *(stored(f / "unet") for f in (folder, self.base)))
+        dtype = self.compare_merged_weights(folder / "unet", "unet", self.modules)
         result = self.compare_output(load_pipeline(folder).unet, MERGED_TOLERANCE[dtype])
+        if self.text_modules:
+            text_dtype = self.compare_merged_weights(folder / "text_encoder", "text_encoder", self.text_modules)
+            tolerance = MERGED_TOLERANCE[text_dtype]
+            result += self.compare_text(load_pipeline(folder).text_encoder, None, tolerance=tolerance)
         picture = load_pipeline(folder)(PROMPT, num_inference_steps=2, generator=generator(3), output_type="np").images
         require(bool(torch.isfinite(torch.from_numpy(picture)).all()), "the picture is not finite")
         return f"{str(dtype).removeprefix('torch.')}, {result}"
+
+    def compare_merged_weights(self, folder: Path, root: str, modules: set[str]) -> torch.dtype:
+        """Adapted weights are the base's plus ΔW, rounded once; all others are the base's. Returns the dtype of the former."""
+        name = str if root == "unet" else text_name
+        merged, base, dtypes = stored(folder), stored(self.base / root), set()
+        require_same_keys(root, merged, base)
+        for k, v in merged.items():
+            require(v.dtype == base[k].dtype, f"{k} is {v.dtype}, {base[k].dtype} in the base")
+            module = name(k.removesuffix(".weight"))
+            if module not in modules:
+                require(torch.equal(v, base[k]), f"{k} has no adapter, but differs from the base")
+                continue
+            dtypes.add(v.dtype)
+            exact = base[k].double() + self.delta(module, root).reshape(v.shape)
+            # Rounded to nearest once: off by at most half a unit in the last place, plus f32 error of ΔW. Below the
+            # smallest normal number a dtype's unit no longer shrinks.
+            info = torch.finfo(v.dtype)
+            allowed = 0.51 * info.eps * exact.abs().clamp_min(info.tiny) + DELTA_TOLERANCE * self.delta(module, root).abs().max()
+            off = (v.double() - exact).abs() - allowed
+            require(bool((off <= 0).all()), f"{k}: merged weight is not W + ΔW rounded once (off by {off.max():.1e} more)")
+        require(len(dtypes) == 1, f"mixed dtypes: {dtypes}")
+        return dtypes.pop()
 
     def checks(self):
         yield "probe", self.check_probe
@@ -419,32 +500,41 @@ def check_case(spec: dict, scratch: Path, only: str = "", quiet: bool = False) -
 # --- self-test ---------------------------------------------------------------------------------------------------
 
 
-def write_good_results(base: Path, out: Path, preset: str, rank: int, alpha: float) -> dict:
+def write_good_results(base: Path, out: Path, preset: str, rank: int, alpha: float, text: bool) -> dict:
     """What lorad should write, made by diffusers and PEFT themselves wherever they can write it."""
     out.mkdir(parents=True)
     pipe = load_pipeline(base)
     pipe.unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS[preset]))
+    if text:
+        pipe.text_encoder.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=TEXT_ENCODER_TARGETS))
     g = generator(1)
     with torch.no_grad():
-        for _, p in sorted(pipe.unet.named_parameters()):
-            if p.requires_grad:
-                p.copy_(0.2 * torch.randn(p.shape, generator=g))
+        for model in (pipe.unet, pipe.text_encoder):
+            for _, p in sorted(model.named_parameters()):
+                if p.requires_grad:
+                    p.copy_(0.2 * torch.randn(p.shape, generator=g))
     state = {k: v.clone() for k, v in get_peft_model_state_dict(pipe.unet).items()}
+    text_state = {text_name(k): v.clone() for k, v in get_peft_model_state_dict(pipe.text_encoder).items()} if text else {}
+    both = {f"unet.{k}": v for k, v in state.items()} | {f"text_encoder.{k}": v for k, v in text_state.items()}
     h, c = pipe.unet.config.sample_size, pipe.unet.config.in_channels
     probe = {
         "sample": torch.randn(2, c, h, h, generator=g), "timesteps": torch.tensor([33, 801]),
         "encoder_hidden_states": torch.randn(2, 7, pipe.unet.config.cross_attention_dim, generator=g),
     }
     with torch.no_grad():
+        if text:
+            probe["input_ids"] = pipe.tokenizer([PROMPT, ""], padding="max_length", return_tensors="pt").input_ids
+            probe["encoder_hidden_states"] = pipe.text_encoder(probe["input_ids"])[0]
         probe["out"] = pipe.unet(probe["sample"], probe["timesteps"], probe["encoder_hidden_states"]).sample
-    save_file(probe | {f"unet.{k}": v for k, v in state.items()}, out / "probe.safetensors")
+    save_file(probe | both, out / "probe.safetensors")
 
-    folded = {k: v * (alpha / rank) if ".lora_B." in k else v for k, v in state.items()}
-    StableDiffusionPipeline.save_lora_weights(out, unet_lora_layers=folded)
+    folded, folded_text = (
+        {k: v * (alpha / rank) if ".lora_B." in k else v for k, v in s.items()} for s in (state, text_state))
+    StableDiffusionPipeline.save_lora_weights(out, unet_lora_layers=folded, text_encoder_lora_layers=folded_text)
     kohya, names = {}, {"lora_A": "lora_down", "lora_B": "lora_up"}
-    for k, v in state.items():
+    for k, v in both.items():
         module, part, _ = k.rsplit(".", 2)
-        name = "lora_unet_" + module.replace(".", "_")
+        name = module.replace("unet.", "lora_unet_").replace("text_encoder.", "lora_te_").replace(".", "_")
         kohya[f"{name}.{names[part]}.weight"] = v
         kohya[f"{name}.alpha"] = torch.tensor(alpha)
     v = pipe.scheduler.config.prediction_type == "v_prediction"
@@ -457,20 +547,26 @@ def write_good_results(base: Path, out: Path, preset: str, rank: int, alpha: flo
     peft.mkdir()
     save_file({f"base_model.model.{k}": v for k, v in state.items()}, peft / "adapter_model.safetensors", metadata={"format": "pt"})
     LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS[preset]).save_pretrained(peft)
+    for sub, prefix in (("text_encoder", ""), ("text_encoder-transformers4", "text_model.")) if text else ():
+        named = {prefix + k.removeprefix("text_model."): v for k, v in text_state.items()}
+        (peft / sub).mkdir()
+        save_file({f"base_model.model.{k}": v for k, v in named.items()}, peft / sub / "adapter_model.safetensors")
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted({k.rsplit(".", 2)[0] for k in named})).save_pretrained(peft / sub)
     zip_folder(peft, out / "t-peft.zip")
     merged = out / "merged"
     shutil.copytree(base, merged)
-    for f in (merged / "unet").glob("*.safetensors"):
-        weights = load_file(f)
-        for k, w in weights.items():
-            m = k.removesuffix(".weight")
-            if f"{m}.lora_A.weight" in state:
-                a, b = (state[f"{m}.lora_{x}.weight"].flatten(1) for x in "AB")
-                weights[k] = (w.float() + alpha / rank * (b @ a).reshape(w.shape)).to(w.dtype)
-        save_file(weights, f, metadata={"format": "pt"})
+    for folder, tensors, called in (("unet", state, str), ("text_encoder", text_state, text_name)):
+        for f in (merged / folder).glob("*.safetensors"):
+            weights = load_file(f)
+            for k, w in weights.items():
+                m = called(k.removesuffix(".weight"))
+                if f"{m}.lora_A.weight" in tensors:
+                    a, b = (tensors[f"{m}.lora_{x}.weight"].flatten(1) for x in "AB")
+                    weights[k] = (w.float() + alpha / rank * (b @ a).reshape(w.shape)).to(w.dtype)
+            save_file(weights, f, metadata={"format": "pt"})
     zip_folder(merged, out / "fine_tuned_model.zip")
     return {"name": f"{base.parent.name}-{preset}", "base": str(base), "results": str(out), "probe": str(out / "probe.safetensors"),
-            "rank": rank, "alpha": alpha, "target_modules": TARGETS[preset], "merged": True}
+            "rank": rank, "alpha": alpha, "target_modules": TARGETS[preset], "merged": True, "text_encoder": text}
 
 
 def zip_folder(folder: Path, archive: Path) -> None:
@@ -538,21 +634,43 @@ def damages():
         o / "probe.safetensors", lambda t, m: t.__setitem__("out", t["out"] * 1.0003)), "output differs"
 
 
+def text_damages():
+    """As [`damages`], to what is there of the text encoder."""
+    def scale(key):
+        return lambda t, m: t.__setitem__(first(t, key), t[first(t, key)] * 1.01)
+
+    q = "text_model.encoder.layers.0.self_attn.q_proj"
+    yield "diffusers: the encoder's B scaled", lambda o: edit(
+        o / "pytorch_lora_weights.safetensors", scale(f"{q}.lora_B.weight")), "ΔW differs"
+    yield "diffusers: the encoder left out", lambda o: edit(
+        o / "pytorch_lora_weights.safetensors",
+        lambda t, m: [t.pop(k) for k in list(t) if k.startswith("text_encoder.")]), "missing"
+    yield "kohya: the encoder under another name", lambda o: edit(
+        o / "t-kohya.safetensors",
+        lambda t, m: [t.__setitem__(k.replace("lora_te_", "lora_te9_"), t.pop(k)) for k in list(t) if k.startswith("lora_te_")]), "missing"
+    yield "PEFT folder: the encoder's A scaled", lambda o: edit_in_zip(
+        o, "peft", "t-peft.zip", "text_encoder/adapter_model.safetensors", scale("q_proj.lora_A.weight")), "differs from the adapter"
+    yield "merged: the encoder's adapter left out", lambda o: edit_in_zip(
+        o, "merged", "fine_tuned_model.zip", "text_encoder/model.safetensors", scale(f"{q}.weight")), "not W + ΔW"
+    yield "diffusers: lorad's embeddings off", lambda o: edit(
+        o / "probe.safetensors",
+        lambda t, m: t.__setitem__("encoder_hidden_states", t["encoder_hidden_states"] * 1.0003)), "embeddings differ"
+
+
 def self_test(scratch: Path) -> int:
     set_deterministic(0)
     wrong = []
-    for i, (base, preset, rank, alpha) in enumerate((
-            (GOLDEN / "tiny-sd1/model", "transformer", 4, 2.0), (GOLDEN / "tiny-sd2/model", "attention", 3, 6.0))):
-        good = write_good_results(base, scratch / f"good-{i}", preset, rank, alpha)
+    for i, (base, preset, rank, alpha, text) in enumerate((
+            (GOLDEN / "tiny-sd1/model", "transformer", 4, 2.0, False), (GOLDEN / "tiny-sd2/model", "attention", 3, 6.0, False),
+            (GOLDEN / "tiny-sd1/model", "attention", 4, 2.0, True))):
+        good = write_good_results(base, scratch / f"good-{i}", preset, rank, alpha, text)
         wrong += check_case(good, scratch / f"good-{i}-unpacked")
-        if i > 0:
-            continue
-        for n, (what, how, word) in enumerate(damages()):
-            copy = scratch / f"bad-{n}"
+        for n, (what, how, word) in enumerate((damages, lambda: (), text_damages)[i]()):
+            copy = scratch / f"bad-{i}-{n}"
             shutil.copytree(good["results"], copy)
             how(copy)
             failures = check_case(
-                {**good, "results": str(copy), "probe": str(copy / "probe.safetensors")}, scratch / f"bad-{n}-unpacked",
+                {**good, "results": str(copy), "probe": str(copy / "probe.safetensors")}, scratch / f"bad-{i}-{n}-unpacked",
                 only=what.split(":")[0], quiet=True)
             if any(word in f for f in failures):
                 print(f"ok    caught: {what}")

@@ -24,7 +24,7 @@ use lorad_proto::{
 use lorad_train::{
     families::{
         self,
-        sd1::{unet::UNet2DConditionModel, weights::BaseFolder},
+        sd1::{clip::ClipTextModel, unet::UNet2DConditionModel, weights::BaseFolder},
     },
     lora::{Adapter, AdapterSet},
     task::Reporter,
@@ -50,10 +50,11 @@ struct Case {
     rank: usize,
     alpha: f64,
     merged: bool,
+    text_encoder: bool,
 }
 
 /// alpha differs from rank in all: a format that loses it gives another output.
-const CASES: [Case; 4] = [
+const CASES: [Case; 6] = [
     Case {
         name: "tiny-sd1-transformer",
         base: "tiny-sd1",
@@ -61,6 +62,7 @@ const CASES: [Case; 4] = [
         rank: 4,
         alpha: 2.0,
         merged: true,
+        text_encoder: false,
     },
     Case {
         name: "tiny-sd2-attention",
@@ -69,6 +71,7 @@ const CASES: [Case; 4] = [
         rank: 3,
         alpha: 6.0,
         merged: true,
+        text_encoder: false,
     },
     Case {
         name: "demo-attention",
@@ -77,6 +80,7 @@ const CASES: [Case; 4] = [
         rank: 8,
         alpha: 4.0,
         merged: true,
+        text_encoder: false,
     },
     Case {
         name: "demo-transformer",
@@ -85,6 +89,25 @@ const CASES: [Case; 4] = [
         rank: 4,
         alpha: 8.0,
         merged: false,
+        text_encoder: false,
+    },
+    Case {
+        name: "tiny-sd1-text-encoder",
+        base: "tiny-sd1",
+        preset: "attention",
+        rank: 4,
+        alpha: 2.0,
+        merged: true,
+        text_encoder: true,
+    },
+    Case {
+        name: "tiny-sd2-text-encoder",
+        base: "tiny-sd2",
+        preset: "transformer",
+        rank: 3,
+        alpha: 6.0,
+        merged: true,
+        text_encoder: true,
     },
 ];
 
@@ -166,6 +189,7 @@ fn train_and_probe(case: &Case, dir: &Path) -> Value {
     json!({
         "name": case.name, "base": base, "results": dir.join("results"), "probe": probe, "rank": case.rank,
         "alpha": case.alpha, "target_modules": peft_targets(case.preset), "merged": case.merged,
+        "text_encoder": case.text_encoder,
     })
 }
 
@@ -181,11 +205,7 @@ fn peft_targets(preset: &str) -> Vec<&'static str> {
 fn probe_tensors(case: &Case, base: &Path, adapter: HashMap<String, Tensor>) -> HashMap<String, Tensor> {
     let inputs =
         candle_core::safetensors::load(support::golden(case.base).join("unet.safetensors"), &Device::Cpu).unwrap();
-    let (sample, timesteps, text) = (
-        &inputs["sample"],
-        &inputs["timesteps"],
-        &inputs["encoder_hidden_states"],
-    );
+    let (sample, timesteps) = (&inputs["sample"], &inputs["timesteps"]);
     let mut set = AdapterSet::default();
     for (name, tensor) in &adapter {
         if let Some(module) = name.strip_suffix(".lora_A.weight") {
@@ -201,15 +221,31 @@ fn probe_tensors(case: &Case, base: &Path, adapter: HashMap<String, Tensor>) -> 
         }
     }
     assert_eq!(2 * set.modules.len(), adapter.len());
-    let unet = UNet2DConditionModel::load(&BaseFolder::open(base).unwrap(), &Device::Cpu, &set).unwrap();
-    let out = unet
-        .forward(sample, &timesteps.to_dtype(DType::F32).unwrap(), text)
-        .unwrap();
+    let base = BaseFolder::open(base).unwrap();
     let mut tensors = adapter;
+    let text = if case.text_encoder {
+        let golden = candle_core::safetensors::load(support::golden(case.base).join("text.safetensors"), &Device::Cpu);
+        // One row of ids per sample.
+        let ids = golden.unwrap().remove("input_ids").unwrap();
+        let ids = Tensor::cat(&[&ids, &ids], 0)
+            .unwrap()
+            .narrow(0, 0, sample.dim(0).unwrap())
+            .unwrap();
+        let encoder = ClipTextModel::load(&base, &Device::Cpu, &set).unwrap();
+        let text = encoder.forward(&ids.to_dtype(DType::U32).unwrap()).unwrap();
+        tensors.insert("input_ids".to_owned(), ids);
+        text.detach()
+    } else {
+        inputs["encoder_hidden_states"].clone()
+    };
+    let unet = UNet2DConditionModel::load(&base, &Device::Cpu, &set).unwrap();
+    let out = unet
+        .forward(sample, &timesteps.to_dtype(DType::F32).unwrap(), &text)
+        .unwrap();
     for (name, tensor) in [
         ("sample", sample),
         ("timesteps", timesteps),
-        ("encoder_hidden_states", text),
+        ("encoder_hidden_states", &text),
         ("out", &out),
     ] {
         tensors.insert(name.to_owned(), tensor.detach());
@@ -223,6 +259,7 @@ fn spec(case: &Case, base: &Path, dir: &Path) -> AttemptSpec {
     let given = json!({
         "lora_rank": case.rank, "lora_alpha": case.alpha, "target_modules": case.preset, "learning_rate": LEARNING_RATE,
         "max_train_steps": STEPS, "batch_size": 2, "checkpoint_every_steps": STEPS, "seed": 5,
+        "train_text_encoder": case.text_encoder,
     });
     let hyperparameters = family.resolve(&info, given.as_object().unwrap()).unwrap();
     AttemptSpec {
