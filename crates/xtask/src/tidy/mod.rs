@@ -8,6 +8,7 @@ mod code;
 mod graph;
 mod repository;
 mod server;
+mod supply;
 mod trainer;
 
 use std::{
@@ -31,6 +32,8 @@ pub(crate) struct Tree {
     binaries: BTreeSet<String>,
     /// Names of all crates that a build of a package links, by [`graph`] query.
     links: BTreeMap<&'static str, BTreeSet<String>>,
+    /// All crates of the lock file.
+    packages: Vec<supply::Package>,
 }
 
 impl Tree {
@@ -61,6 +64,7 @@ impl Tree {
             files,
             binaries,
             links: graph::read()?,
+            packages: supply::read()?,
         })
     }
 
@@ -71,8 +75,7 @@ impl Tree {
                 .iter()
                 .map(|(path, text)| ((*path).to_owned(), (*text).to_owned()))
                 .collect(),
-            binaries: BTreeSet::new(),
-            links: BTreeMap::new(),
+            ..Self::default()
         }
     }
 
@@ -120,9 +123,15 @@ impl fmt::Display for Outcome {
 }
 
 fn rules() -> impl Iterator<Item = &'static Rule> {
-    [graph::RULES, server::RULES, trainer::RULES, repository::RULES]
-        .into_iter()
-        .flatten()
+    [
+        graph::RULES,
+        supply::RULES,
+        server::RULES,
+        trainer::RULES,
+        repository::RULES,
+    ]
+    .into_iter()
+    .flatten()
 }
 
 /// Applies every rule.
