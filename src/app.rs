@@ -13,6 +13,7 @@
 //! artifacts/<job_…>/<name>       published files
 //! cache/                         encoded pictures and texts that jobs share; may be deleted at any time
 //! tmp/                           uploads on their way; emptied at the start
+//! ballast                        only takes space; given up when the disk is full
 //! ```
 
 use std::{path::PathBuf, sync::Arc};
@@ -26,6 +27,7 @@ use crate::{
     config::Config,
     domain::{Action, CancelMode, Job, JobId, JobPatch, NewJob},
     events::Events,
+    space::Ballast,
     store::{IdempotencyKey, Store, StoreError, StoredAnswer},
 };
 
@@ -94,6 +96,11 @@ impl DataDir {
         self.root.join("cache")
     }
 
+    /// The file that only takes space.
+    pub fn ballast(&self) -> PathBuf {
+        self.root.join("ballast")
+    }
+
     /// Uploads on their way.
     pub fn tmp(&self) -> PathBuf {
         self.root.join("tmp")
@@ -111,6 +118,8 @@ pub struct App {
     pub store: Store,
     /// Published files.
     pub blobs: Blobs,
+    /// Space that is given up when there is no other.
+    pub ballast: Arc<Ballast>,
     /// News for viewers.
     pub events: Events,
     /// What can be trained.
@@ -141,21 +150,54 @@ impl App {
         Ok(self.changed(job))
     }
 
-    /// Cancels a job.
+    /// Does a write that makes room, or stops what takes it: a full disk must not keep it from being done.
+    async fn with_ballast<T, F>(&self, write: impl Fn() -> F) -> Result<T, StoreError>
+    where
+        F: Future<Output = Result<T, StoreError>>,
+    {
+        match write().await {
+            Err(error) if error.is_disk_full() && self.ballast.release() => write().await,
+            done => done,
+        }
+    }
+
+    /// Gives back the key of a request that failed. Until that is stored, a repeat of the request would be told to wait: so
+    /// it is tried again for as long as the server runs.
+    pub(crate) async fn give_key_back(&self, key: IdempotencyKey) {
+        const TRY_AGAIN: std::time::Duration = std::time::Duration::from_secs(1);
+        let Err(error) = self.store.abandon_idempotency(&key).await else {
+            return;
+        };
+        tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            "an idempotency key was not given back yet"
+        );
+        let (store, shutdown) = (self.store.clone(), self.shutdown.clone());
+        tokio::spawn(shutdown.run_until_cancelled_owned(async move {
+            loop {
+                tokio::time::sleep(TRY_AGAIN).await;
+                if store.abandon_idempotency(&key).await.is_ok() {
+                    return;
+                }
+            }
+        }));
+    }
+
+    /// Cancels a job, also when the disk is full.
     ///
     /// # Errors
     /// See [`Store::request_cancel`].
     pub async fn cancel_job(&self, id: JobId, mode: CancelMode) -> Result<Job, StoreError> {
-        let job = self.store.request_cancel(id, mode).await?;
+        let job = self.with_ballast(|| self.store.request_cancel(id, mode)).await?;
         Ok(self.changed(job))
     }
 
-    /// Pauses a job.
+    /// Pauses a job, also when the disk is full.
     ///
     /// # Errors
     /// See [`Store::request_pause`].
     pub async fn pause_job(&self, id: JobId) -> Result<Job, StoreError> {
-        let job = self.store.request_pause(id).await?;
+        let job = self.with_ballast(|| self.store.request_pause(id)).await?;
         Ok(self.changed(job))
     }
 
@@ -207,12 +249,12 @@ impl App {
         }
     }
 
-    /// Deletes a final job: its rows, then what its attempts wrote, then its published files.
+    /// Deletes a final job, also when the disk is full: its rows, then what its attempts wrote, then its published files.
     ///
     /// # Errors
     /// See [`Store::delete_job`]. Files that cannot be removed are logged: the job is gone already.
     pub async fn delete_job(&self, id: JobId) -> Result<(), StoreError> {
-        self.store.delete_job(id).await?;
+        self.with_ballast(|| self.store.delete_job(id)).await?;
         remove_dir(self.data.job(id)).await;
         remove_dir(self.data.artifacts().join(id.to_string())).await;
         Ok(())

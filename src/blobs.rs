@@ -10,6 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream::BoxStream};
+use lorad_faults::{Moment, Point, pass};
 use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, WriteMultipart, local::LocalFileSystem};
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncReadExt;
@@ -61,6 +62,20 @@ pub enum BlobError {
         #[source]
         source: object_store::Error,
     },
+}
+
+impl BlobError {
+    /// Whether the disk has no room.
+    pub fn is_disk_full(&self) -> bool {
+        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(self);
+        while let Some(error) = cause {
+            if let Some(io) = error.downcast_ref::<std::io::Error>() {
+                return io.kind() == std::io::ErrorKind::StorageFull;
+            }
+            cause = error.source();
+        }
+        false
+    }
 }
 
 /// A published file being read.
@@ -143,8 +158,10 @@ impl Blobs {
             };
             hash.update(&buffer[..n]);
             size += n as u64;
+            pass(Point::StageFile, Moment::Before).map_err(faulty("write", name))?;
             upload.write(&buffer[..n]);
             upload.wait_for_capacity(4).await.map_err(failed("write", name))?;
+            pass(Point::StageFile, Moment::After).map_err(faulty("write", name))?;
         }
         let found = hex::encode(hash.finalize());
         if size != bytes || found != sha256 {
@@ -155,7 +172,9 @@ impl Blobs {
                 found: format!("{size} bytes, sha256 {found}"),
             });
         }
+        pass(Point::PublishFile, Moment::Before).map_err(faulty("write", name))?;
         upload.finish().await.map_err(failed("write", name))?;
+        pass(Point::PublishFile, Moment::After).map_err(faulty("write", name))?;
         Ok(())
     }
 
@@ -234,6 +253,39 @@ fn location(job: JobId, name: &str) -> object_store::path::Path {
 fn failed(act: &'static str, name: &str) -> impl FnOnce(object_store::Error) -> BlobError {
     let name = name.to_owned();
     move |source| BlobError::Store { act, name, source }
+}
+
+/// For `map_err` on a fault point.
+fn faulty(act: &'static str, name: &str) -> impl FnOnce(std::io::Error) -> BlobError {
+    let failed = failed(act, name);
+    move |error| {
+        failed(object_store::Error::Generic {
+            store: "fault point",
+            source: Box::new(error),
+        })
+    }
+}
+
+/// Removes what a process that died while it published left in staging: `<name>#<n>` beside the published files, whose own
+/// names hold no `#`. For the start of the server, when nobody publishes.
+///
+/// # Errors
+/// If a folder cannot be read, or a file not be removed.
+pub fn sweep_staging(root: &Path) -> std::io::Result<()> {
+    for job in std::fs::read_dir(root)? {
+        let job = job?;
+        if !job.file_type()?.is_dir() {
+            continue;
+        }
+        for file in std::fs::read_dir(job.path())? {
+            let file = file?;
+            let name = file.file_name().to_string_lossy().into_owned();
+            if name.rsplit_once('#').is_some_and(|(_, n)| n.parse::<u32>().is_ok()) {
+                std::fs::remove_file(file.path())?;
+            }
+        }
+    }
+    Ok(())
 }
 
 async fn abort(upload: WriteMultipart, name: &str) {

@@ -7,6 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use lorad_faults::{Point, around};
 use lorad_proto::{catalog::Catalog, problem::Problem};
 use rust_embed::RustEmbed;
 use sha2::{Digest, Sha256};
@@ -81,7 +82,7 @@ pub fn unpack(models: &Path) -> Result<PathBuf, BuiltinError> {
     if dest.exists() {
         std::fs::remove_dir_all(&dest).map_err(at(&dest))?;
     }
-    std::fs::rename(fresh.keep(), &dest).map_err(at(&dest))?;
+    around(Point::UnpackModel, || std::fs::rename(fresh.keep(), &dest)).map_err(at(&dest))?;
     Ok(dest)
 }
 

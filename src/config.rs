@@ -56,6 +56,8 @@ pub struct Server {
     pub header_timeout_ms: u64,
     /// Milliseconds, 1000..=60000.
     pub sse_ping_ms: u64,
+    /// Event streams, 1..=100000.
+    pub max_streams: u64,
     /// Milliseconds, 0..=600000.
     pub shutdown_grace_ms: u64,
 }
@@ -70,6 +72,8 @@ pub struct Storage {
     pub fsync: bool,
     /// Bytes, 0..=1099511627776.
     pub min_free_bytes: u64,
+    /// Bytes, 0..=1073741824.
+    pub ballast_bytes: u64,
     /// Bytes, 0..=1125899906842624.
     pub cache_bytes: u64,
 }
@@ -228,6 +232,8 @@ impl Config {
         range("server.request_timeout_ms", server.request_timeout_ms, 1000, 3_600_000);
         range("server.header_timeout_ms", server.header_timeout_ms, 1000, 600_000);
         range("storage.min_free_bytes", self.storage.min_free_bytes, 0, 1 << 40);
+        range("storage.ballast_bytes", self.storage.ballast_bytes, 0, 1 << 30);
+        range("server.max_streams", server.max_streams, 1, 100_000);
         range("server.sse_ping_ms", server.sse_ping_ms, 1000, 60_000);
         range("server.shutdown_grace_ms", server.shutdown_grace_ms, 0, 600_000);
         range("storage.cache_bytes", self.storage.cache_bytes, 0, 1 << 50);

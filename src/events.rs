@@ -20,8 +20,9 @@ use crate::{
 /// Progress reaches viewers at most this often.
 const PROGRESS_EVERY: Duration = Duration::from_millis(500);
 
-/// How many events one read takes.
-const PAGE: u32 = 500;
+/// How many events one read takes at most, and how many bytes of them (but one event at least): so much is held for a viewer
+/// that takes nothing.
+const PAGE: (u32, usize) = (500, 64 << 10);
 
 #[derive(Debug)]
 struct Topic {
@@ -109,6 +110,11 @@ impl Events {
         });
     }
 
+    /// How many jobs have a topic.
+    pub fn topics(&self) -> usize {
+        self.lock().len()
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<JobId, Topic>> {
         // A panic while the lock was held cannot leave the map half changed.
         self.topics.lock().unwrap_or_else(PoisonError::into_inner)
@@ -159,10 +165,10 @@ impl Follower {
             if self.read_again {
                 // What is stored from here on makes the next `changed()` ready, so nothing falls between.
                 self.stored.mark_unchanged();
-                let page = self.store.events_after(self.job, self.cursor, PAGE).await?;
-                self.read_again = page.len() == PAGE as usize;
-                if !page.is_empty() {
-                    self.page = page.into_iter();
+                let page = self.store.events_page(self.job, self.cursor, PAGE.0, PAGE.1).await?;
+                self.read_again = page.has_more;
+                if !page.data.is_empty() {
+                    self.page = page.data.into_iter();
                     continue;
                 }
             }

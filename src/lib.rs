@@ -15,6 +15,7 @@
 //! - [`blobs`] and [`builtin`] · published files, the bundled base model.
 //! - [`http`] · the API and the dashboard.
 //! - [`ingest`] · uploaded archives into datasets.
+//! - [`space`] · room on the disk, and the ballast file.
 //! - [`upkeep`] · checking and copying a whole data directory.
 //! - [`trainer`] · the only file that names the trainer.
 
@@ -32,6 +33,7 @@ pub mod http;
 pub mod ingest;
 pub mod scheduler;
 pub mod serve;
+pub mod space;
 pub mod store;
 pub mod telemetry;
 pub mod trainer;

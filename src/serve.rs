@@ -4,6 +4,7 @@
 
 use std::{
     fs::File,
+    io::{Read as _, Write as _},
     net::SocketAddr,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
@@ -21,12 +22,13 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     agent_api::{self, AgentApi, Heard},
     app::{App, DataDir},
-    blobs::{BlobError, Blobs},
+    blobs::{self, BlobError, Blobs},
     builtin::{self, BuiltinError},
     config::Config,
     events::Events,
     executor::local::LocalExecutor,
-    scheduler::Scheduler,
+    scheduler::{self, Scheduler},
+    space::Ballast,
     store::{Store, StoreError},
     trainer::TrainerCatalog,
 };
@@ -47,10 +49,12 @@ pub enum ServeError {
         source: std::io::Error,
     },
     /// Another server runs on it.
-    #[error("another lorad server runs on {path}; give this one its own --data-dir")]
+    #[error("another lorad server{} runs on {path}; give this one its own --data-dir, or stop that one", owner.map_or(String::new(), |pid| format!(" (process {pid})")))]
     Locked {
         /// The data directory.
         path: PathBuf,
+        /// The other server's process, if it wrote it down.
+        owner: Option<u32>,
     },
     /// The path of the workers' socket is too long for the system.
     #[error("{path} is too long for a socket ({} bytes, at most {SOCKET_PATH_MAX}); choose a shorter --data-dir", path.as_os_str().len())]
@@ -132,7 +136,17 @@ pub async fn serve(config: Config) -> Result<ServerHandle, ServeError> {
     let store = Store::open(&data.database()).await?;
     store.settle_in(&data.root()).await?;
     store.abandon_cut_off_requests().await?;
+    blobs::sweep_staging(&data.artifacts()).map_err(|source| ServeError::DataDir {
+        path: data.artifacts(),
+        source,
+    })?;
+    let storage = &config.storage;
     let app = App {
+        ballast: Arc::new(Ballast::new(
+            data.ballast(),
+            storage.ballast_bytes,
+            storage.min_free_bytes,
+        )),
         blobs: Blobs::local(&data.artifacts(), config.storage.fsync)?,
         config: Arc::new(config),
         data: Arc::new(data),
@@ -142,6 +156,9 @@ pub async fn serve(config: Config) -> Result<ServerHandle, ServeError> {
         wake: Arc::new(Notify::new()),
         shutdown: CancellationToken::new(),
     };
+    if let Err(error) = app.ballast.keep() {
+        tracing::warn!(%error, "the ballast file was not made");
+    }
     // Bound before anything slow, so that a taken port is an error at once and early clients wait instead of failing.
     let listener = listen(app.config.server.bind).await?;
     let address = listener.local_addr().map_err(|source| ServeError::Listen {
@@ -149,6 +166,7 @@ pub async fn serve(config: Config) -> Result<ServerHandle, ServeError> {
         source,
     })?;
     prepare_content(&app).await?;
+    scheduler::sweep(&app).await;
     let mut tasks = start_jobs(&app)?;
     tasks.push(spawn_public(&app, listener));
     tracing::info!(%address, data_dir = %app.data.root().display(), "the server is up");
@@ -187,17 +205,33 @@ fn lock(data: &DataDir) -> Result<File, ServeError> {
         path: data.lock(),
         source,
     };
-    let file = File::options()
+    let mut file = File::options()
         .create(true)
         .truncate(false)
+        .read(true)
         .write(true)
         .open(data.lock())
         .map_err(at)?;
     match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(ServeError::Locked { path: data.root() }),
-        Err(error) => Err(at(error.into())),
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let mut owner = String::new();
+            file.read_to_string(&mut owner).map_err(at)?;
+            return Err(ServeError::Locked {
+                path: data.root(),
+                owner: owner.trim().parse().ok(),
+            });
+        }
+        Err(error) => return Err(at(error.into())),
     }
+    // Only for the message above: a full disk must not keep a server from starting.
+    let note = file
+        .set_len(0)
+        .and_then(|()| file.write_all(format!("{}\n", std::process::id()).as_bytes()));
+    if let Err(error) = note {
+        tracing::warn!(%error, "the lock file does not name this process");
+    }
+    Ok(file)
 }
 
 async fn listen(bind: SocketAddr) -> Result<TcpListener, ServeError> {

@@ -18,6 +18,7 @@ use std::{
     time::Duration,
 };
 
+use lorad_faults::{Point, write_all};
 use lorad_proto::{
     PROTOCOL_VERSION,
     command::Command,
@@ -84,7 +85,9 @@ where
     };
     // For a server that is not this process's parent. A lost note only makes the end look like a crash.
     let note = serde_json::json!({"code": code}).to_string();
-    if let Err(error) = std::fs::write(attempt_dir.join(EXIT_FILE), note) {
+    let written = std::fs::File::create(attempt_dir.join(EXIT_FILE))
+        .and_then(|mut file| write_all(Point::WriteExitNote, &mut file, note.as_bytes()));
+    if let Err(error) = written {
         tracing::warn!(%error, "the exit note was not written");
     }
     code

@@ -6,11 +6,11 @@
 use std::{
     collections::VecDeque,
     fs::{File, OpenOptions},
-    io::Write,
     path::Path,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+use lorad_faults::{Point, around, write_all};
 use lorad_proto::{
     command::Command,
     event::{Envelope, WorkerEvent},
@@ -25,6 +25,12 @@ pub(crate) const SPOOL_FILE: &str = "events.jsonl";
 #[derive(Debug)]
 struct State {
     file: File,
+    /// Length of the file up to its last whole line.
+    whole_bytes: u64,
+    /// Whether a failed write left a part of a line after that.
+    is_torn: bool,
+    /// Newest event that is in the file.
+    spooled_seq: u64,
     next_seq: u64,
     /// Not acknowledged yet.
     pending: VecDeque<Envelope>,
@@ -51,6 +57,9 @@ impl Spool {
         Ok(Self {
             state: Mutex::new(State {
                 file,
+                whole_bytes: 0,
+                is_torn: false,
+                spooled_seq: 0,
                 next_seq: 1,
                 pending: VecDeque::new(),
                 command: Command::None,
@@ -77,15 +86,14 @@ impl Spool {
             event,
         };
         state.next_seq += 1;
-        let is_final = envelope.event.is_final();
-        if let Err(error) = write_line(&mut state.file, &envelope, is_final) {
-            // A full disk must not end the training: the server still hears the event by post.
-            tracing::error!(%error, seq = envelope.seq, "an event was not spooled");
-        }
-        if is_final {
+        if envelope.event.is_final() {
             state.final_seq = Some(envelope.seq);
         }
         state.pending.push_back(envelope);
+        if let Err(error) = state.spool() {
+            // A full disk must not end the training: the server still hears the event by post.
+            tracing::error!(%error, seq = state.next_seq - 1, "an event was not spooled");
+        }
         drop(state);
         self.appended.notify_one();
     }
@@ -136,14 +144,29 @@ impl Spool {
     }
 }
 
-fn write_line(file: &mut File, envelope: &Envelope, is_final: bool) -> std::io::Result<()> {
-    let mut line = serde_json::to_vec(envelope)?;
-    line.push(b'\n');
-    file.write_all(&line)?;
-    if is_final || matches!(envelope.event, WorkerEvent::Checkpoint { .. }) {
-        file.sync_data()?;
+impl State {
+    /// Writes the pending events that are not in the file yet: the newest, and those that an earlier try could not write.
+    fn spool(&mut self) -> std::io::Result<()> {
+        let first = self
+            .pending
+            .partition_point(|envelope| envelope.seq <= self.spooled_seq);
+        for envelope in self.pending.range(first..) {
+            let mut line = serde_json::to_vec(envelope)?;
+            line.push(b'\n');
+            if std::mem::replace(&mut self.is_torn, true) {
+                // Half a line would hide every line after it.
+                self.file.set_len(self.whole_bytes)?;
+            }
+            write_all(Point::SpoolEvent, &mut self.file, &line)?;
+            self.is_torn = false;
+            self.whole_bytes += line.len() as u64;
+            self.spooled_seq = envelope.seq;
+            if envelope.event.is_final() || matches!(envelope.event, WorkerEvent::Checkpoint { .. }) {
+                around(Point::SyncSpool, || self.file.sync_data())?;
+            }
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// The events of a spool with a number above `after`, for the server when the worker is dead. A torn last line is not an

@@ -13,6 +13,11 @@ use super::job::{Desired, Job, JobStatus};
 pub const EXIT_TEMPFAIL: i32 = 75;
 /// Exit code of a worker that reported its failure.
 pub const EXIT_FAILED: i32 = 3;
+/// Code of the failure of a worker that found no room on the disk: no fault of its job, which waits and goes on.
+pub const STORAGE_FULL: &str = "storage.full";
+/// Pause before a job that found no room is tried again, in first backoffs.
+const STORAGE_FULL_BACKOFFS: i64 = 16;
+
 /// Exit code of a worker that could not use its attempt directory.
 pub const EXIT_USAGE: i32 = 64;
 
@@ -27,6 +32,8 @@ pub enum Exit {
     Unknown,
     /// It could not be started.
     NotStarted(String),
+    /// It could not be started because the disk is full.
+    NoSpace(String),
     /// The server ended after it claimed the job and before it started a worker.
     NeverStarted,
 }
@@ -38,6 +45,7 @@ impl std::fmt::Display for Exit {
             Self::Signal(signal) => write!(f, "signal {signal}{}", signal_name(*signal)),
             Self::Unknown => f.write_str("gone"),
             Self::NotStarted(why) => write!(f, "not started: {why}"),
+            Self::NoSpace(why) => write!(f, "no room on the disk: {why}"),
             Self::NeverStarted => f.write_str("never started"),
         }
     }
@@ -134,6 +142,24 @@ pub fn after_exit(ended: &Ended<'_>, limits: RetryLimits) -> Outcome {
         }
         _ => {}
     }
+    let no_room = match (ended.final_event, ended.exit) {
+        (Some(WorkerEvent::Failed { problem }), _) if problem.code == STORAGE_FULL => Some(&problem.detail),
+        (None, Exit::NoSpace(why)) => Some(why),
+        _ => None,
+    };
+    if let Some(why) = no_room
+        && !ended.desired.is_cancel()
+    {
+        // Space is a matter of time, and a pause costs less than a job.
+        return Outcome::Requeue {
+            delay_ms: limits
+                .backoff_ms
+                .saturating_mul(STORAGE_FULL_BACKOFFS)
+                .min(limits.max_backoff_ms),
+            failed_attempts: ended.failed_attempts,
+            reason: format!("{STORAGE_FULL}: {why}"),
+        };
+    }
     if *ended.exit == Exit::NeverStarted && !ended.desired.is_cancel() {
         // A server that dies says nothing about the job: three such deaths must not make it a broken one.
         return Outcome::Requeue {
@@ -210,6 +236,8 @@ pub fn exit_problem(exit: &Exit, log_tail: &str) -> Problem {
             format!("The worker ended while no server watched it.{said}"),
         )
         .with_hint("The job's worker log says more."),
+        Exit::NoSpace(why) => Problem::new(STORAGE_FULL, "The disk is full", why.clone())
+            .with_hint("Free space in the data directory; the job goes on by itself."),
         Exit::NotStarted(why) => Problem::new(
             "worker.not_started",
             "The training process could not be started",
@@ -283,6 +311,39 @@ mod tests {
         };
         assert_eq!(problem.code, "worker.killed");
         assert!(problem.detail.contains("panicked") && problem.hint.contains("memory"));
+    }
+
+    #[test]
+    fn a_full_disk_costs_a_job_time_and_nothing_else() {
+        let exit = Exit::Code(EXIT_FAILED);
+        let full = WorkerEvent::Failed {
+            problem: Problem::new(STORAGE_FULL, "The disk is full", "Cannot write x."),
+        };
+        let state = Ended {
+            final_event: Some(&full),
+            failed_attempts: 2,
+            ..ended(&exit)
+        };
+        let Outcome::Requeue {
+            delay_ms,
+            failed_attempts,
+            reason,
+        } = after_exit(&state, LIMITS)
+        else {
+            panic!("not requeued");
+        };
+        assert_eq!((delay_ms, failed_attempts), (16_000, 2));
+        let exit = Exit::NoSpace("No space left on device".to_owned());
+        assert!(matches!(
+            after_exit(&ended(&exit), LIMITS),
+            Outcome::Requeue { failed_attempts: 0, .. }
+        ));
+        assert!(reason.contains("Cannot write x"), "{reason}");
+        let cancelled = Ended {
+            desired: Desired::CancelDiscard,
+            ..state
+        };
+        assert_eq!(after_exit(&cancelled, LIMITS), Outcome::Cancel);
     }
 
     #[test]

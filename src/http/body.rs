@@ -1,6 +1,6 @@
 //! Reading request bodies: JSON whose faults are found all at once, each under its pointer; and uploads into staging.
 
-use std::{io::Write as _, path::Path, time::Duration};
+use std::{path::Path, time::Duration};
 
 use axum::{
     body::{Body, Bytes},
@@ -8,6 +8,7 @@ use axum::{
     http::{HeaderMap, header},
 };
 use futures_util::StreamExt as _;
+use lorad_faults::Point;
 use lorad_proto::problem::FieldError;
 use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
@@ -315,8 +316,7 @@ pub(super) fn require_space(app: &App, headers: &HeaderMap) -> ApiResult<()> {
         .get(header::CONTENT_LENGTH)
         .and_then(|v| v.to_str().ok()?.parse::<u64>().ok())
         .unwrap_or(0);
-    let disk = rustix::fs::statvfs(app.data.tmp()).map_err(|error| ApiError::internal(std::io::Error::from(error)))?;
-    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+    let free = crate::space::free_bytes(&app.data.tmp()).map_err(ApiError::internal)?;
     let needed = announced.saturating_add(app.config.storage.min_free_bytes);
     if free < needed {
         let detail = format!(
@@ -346,7 +346,7 @@ pub(super) async fn upload(mut field: Field<'_>, staging: &Path, limit: u64) -> 
     let mut file = tempfile::Builder::new()
         .prefix("upload-")
         .tempfile_in(staging)
-        .map_err(ApiError::internal)?;
+        .map_err(ApiError::write)?;
     let mut sha256 = Sha256::new();
     let mut bytes = 0u64;
     loop {
@@ -364,7 +364,7 @@ pub(super) async fn upload(mut field: Field<'_>, staging: &Path, limit: u64) -> 
         }
         // Chunks are small (tens of KiB) and go to the page cache, so a blocking write here costs microseconds.
         sha256.update(&chunk);
-        file.write_all(&chunk).map_err(write_error)?;
+        lorad_faults::write_all(Point::WriteUpload, &mut file, &chunk).map_err(ApiError::write)?;
     }
     Ok(Upload {
         file,
@@ -372,14 +372,6 @@ pub(super) async fn upload(mut field: Field<'_>, staging: &Path, limit: u64) -> 
         sha256: hex::encode(sha256.finalize()),
         name,
     })
-}
-
-fn write_error(error: std::io::Error) -> ApiError {
-    if error.kind() == std::io::ErrorKind::StorageFull {
-        ApiError::new(Code::StorageFull, "The upload does not fit on the disk.")
-    } else {
-        ApiError::internal(error)
-    }
 }
 
 /// A text part of a multipart body.

@@ -277,25 +277,21 @@ impl From<StoreError> for ApiError {
             )
             .with_extra("allowed", status.actions())
             .with_extra("status", status),
-            StoreError::Illegal { .. }
-            | StoreError::Fenced { .. }
-            | StoreError::Open { .. }
-            | StoreError::Migrate(_)
-            | StoreError::TooOld { .. }
-            | StoreError::Corrupt { .. } => Self::internal(error),
-            StoreError::Query { ref source, .. } if is_disk_full(source) => {
+            error if error.is_disk_full() => {
                 let mut answer = Self::new(Code::StorageFull, "The database could not grow.");
                 answer.0.source = Some(Box::new(error));
                 answer
             }
-            StoreError::Query { .. } => Self::internal(error),
+            StoreError::Illegal { .. }
+            | StoreError::Fenced { .. }
+            | StoreError::Open { .. }
+            | StoreError::Migrate(_)
+            | StoreError::Newer { .. }
+            | StoreError::TooOld { .. }
+            | StoreError::Corrupt { .. }
+            | StoreError::Query { .. } => Self::internal(error),
         }
     }
-}
-
-fn is_disk_full(error: &sqlx::Error) -> bool {
-    // SQLITE_FULL
-    matches!(error, sqlx::Error::Database(e) if e.code().as_deref() == Some("13"))
 }
 
 impl ApiError {
@@ -318,6 +314,15 @@ impl ApiError {
                 Self::new(Code::StorageFull, "The dataset does not fit on the disk.")
             }
             IngestError::Io { .. } | IngestError::Inspector(_) => Self::internal(error),
+        }
+    }
+
+    /// What the disk did to a file that the server writes.
+    pub(super) fn write(error: std::io::Error) -> Self {
+        if error.kind() == std::io::ErrorKind::StorageFull {
+            Self::new(Code::StorageFull, "The upload does not fit on the disk.")
+        } else {
+            Self::internal(error)
         }
     }
 }

@@ -40,8 +40,6 @@ use crate::{
 
 /// What a browser waits before it connects again.
 const RETRY: Duration = Duration::from_millis(2000);
-/// Streams that one server keeps open.
-const MAX_STREAMS: u64 = 256;
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 
@@ -94,10 +92,10 @@ pub(super) async fn job_events(
     if job.status.is_final() && cursor == Cursor::After(job.last_seq) {
         return Ok(StatusCode::NO_CONTENT.into_response());
     }
-    let Some(place) = Place::take(figures) else {
-        return Err(
-            ApiError::new(Code::TooManyStreams, format!("{MAX_STREAMS} streams are open.")).with_retry_after(5),
-        );
+    let max_streams = app.config.server.max_streams;
+    let Some(place) = Place::take(figures, max_streams) else {
+        let detail = format!("{max_streams} streams are open.");
+        return Err(ApiError::new(Code::TooManyStreams, detail).with_retry_after(5));
     };
     let feed = Feed::new(app, job, cursor, place).await?;
     let ping = Duration::from_millis(feed.app.config.server.sse_ping_ms);
@@ -141,10 +139,10 @@ impl Cursor {
 struct Place(Arc<HttpFigures>);
 
 impl Place {
-    fn take(figures: Arc<HttpFigures>) -> Option<Self> {
+    fn take(figures: Arc<HttpFigures>, max_streams: u64) -> Option<Self> {
         let place = Self(figures);
         let before = place.0.streams.fetch_add(1, Ordering::Relaxed);
-        (before < MAX_STREAMS).then_some(place)
+        (before < max_streams).then_some(place)
     }
 }
 

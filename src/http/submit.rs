@@ -225,7 +225,7 @@ async fn once(app: &App, incoming: Incoming, key: IdempotencyKey) -> ApiResult<R
     }
     let outcome = submit(app, incoming, false, Some(&key), None).await;
     if outcome.is_err() {
-        app.store.abandon_idempotency(&key).await?;
+        app.give_key_back(key).await;
     }
     outcome
 }

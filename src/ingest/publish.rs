@@ -3,10 +3,11 @@
 use std::{
     collections::HashMap,
     fs::{self, File},
-    io::{self, Write},
+    io,
     path::{Path, PathBuf},
 };
 
+use lorad_faults::{Point, around, write_all};
 use lorad_proto::dataset::{Item, Mask, Report, Verdict, epoch_samples};
 
 use super::{Findings, IngestError, Ingested, pairing::Candidate};
@@ -101,15 +102,19 @@ pub(super) fn publish(
     let json = serde_json::to_vec_pretty(&report).map_err(|e| IngestError::io("encode", &build)(e.into()))?;
     write(&build.join("report.json"), &json)?;
     for dir in [&files, &thumbs, &build] {
-        sync(dir).map_err(IngestError::io("sync", dir))?;
+        around(Point::SyncDataset, || sync(dir)).map_err(IngestError::io("sync", dir))?;
     }
     if dest.exists() {
         let exists = io::Error::from(io::ErrorKind::AlreadyExists);
         return Err(IngestError::io("publish to", dest)(exists));
     }
-    fs::rename(&build, dest).map_err(IngestError::io("rename to", dest))?;
-    if let Some(parent) = dest.parent() {
-        sync(parent).map_err(IngestError::io("sync", parent))?;
+    around(Point::RenameDataset, || fs::rename(&build, dest)).map_err(IngestError::io("rename to", dest))?;
+    if let Some(parent) = dest.parent()
+        && let Err(error) = around(Point::SyncDatasets, || sync(parent))
+    {
+        // Not known to be there after a power cut, so it must not be there at all.
+        drop(fs::remove_dir_all(dest));
+        return Err(IngestError::io("sync", parent)(error));
     }
     let bytes = items.iter().map(|i| i.bytes).sum();
     Ok(Ingested { report, items, bytes })
@@ -117,12 +122,12 @@ pub(super) fn publish(
 
 fn place(from: &Path, to: &Path) -> Result<(), IngestError> {
     sync(from).map_err(IngestError::io("sync", from))?;
-    fs::rename(from, to).map_err(IngestError::io("rename to", to))
+    around(Point::PlaceItem, || fs::rename(from, to)).map_err(IngestError::io("rename to", to))
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), IngestError> {
     let mut file = File::create(path).map_err(IngestError::io("create", path))?;
-    file.write_all(bytes)
+    write_all(Point::WriteIndex, &mut file, bytes)
         .and_then(|()| file.sync_all())
         .map_err(IngestError::io("write", path))
 }

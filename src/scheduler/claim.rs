@@ -5,6 +5,7 @@
 
 use std::{io::Read, path::PathBuf, sync::Arc};
 
+use lorad_faults::{Point, write_all};
 use lorad_proto::{
     PROTOCOL_VERSION,
     spec::{AttemptSpec, BaseModelRef, Cache, DatasetRef},
@@ -67,7 +68,11 @@ impl Scheduler {
         if let Err(error) = started {
             tracing::error!(job.id = %key.0, %error, "a worker was not started");
             let attempt = self.app.store.attempt(key.0, key.1).await?;
-            self.end(&attempt, &Exit::NotStarted(error.to_string())).await?;
+            let exit = match error.kind() {
+                std::io::ErrorKind::StorageFull => Exit::NoSpace(error.to_string()),
+                _ => Exit::NotStarted(error.to_string()),
+            };
+            self.end(&attempt, &exit).await?;
         }
         Ok(())
     }
@@ -160,8 +165,8 @@ fn newest_intact(checkpoints: &[Checkpoint]) -> Option<PathBuf> {
 
 fn write_spec(spec: &AttemptSpec) -> std::io::Result<()> {
     std::fs::create_dir_all(&spec.attempt_dir)?;
-    let file = spec.attempt_dir.join("spec.json");
-    std::fs::write(file, serde_json::to_vec_pretty(spec)?)
+    let mut file = std::fs::File::create(spec.attempt_dir.join("spec.json"))?;
+    write_all(Point::WriteSpec, &mut file, &serde_json::to_vec_pretty(spec)?)
 }
 
 /// 32 random bytes, hex.

@@ -25,6 +25,7 @@ use crate::{
     store::{Attempt, StoreError},
 };
 use ladder::{Ladder, Rung};
+pub(crate) use publish::sweep;
 
 /// Setting that stops claims; `PUT`ted by the API.
 pub const QUEUE_PAUSED: &str = "queue_paused";
@@ -41,6 +42,8 @@ pub(crate) struct Scheduler {
     /// Attempts whose results are being published.
     publishing: Arc<Mutex<HashSet<AttemptKey>>>,
     started: Instant,
+    /// Whether the disk had room in the last round.
+    had_room: bool,
 }
 
 impl Scheduler {
@@ -54,6 +57,7 @@ impl Scheduler {
             starts: JoinSet::new(),
             publishing: Arc::default(),
             started: Instant::now(),
+            had_room: true,
         }
     }
 
@@ -86,10 +90,36 @@ impl Scheduler {
         for attempt in self.app.store.unpublished_attempts().await? {
             self.publish(attempt);
         }
-        if self.app.store.setting(QUEUE_PAUSED).await?.as_deref() != Some("true") {
+        if self.has_room() && self.app.store.setting(QUEUE_PAUSED).await?.as_deref() != Some("true") {
             self.fill_devices().await?;
         }
         Ok(())
+    }
+
+    /// Whether a job may be started: one that finds a full disk only wastes what it computes. Also makes the ballast again
+    /// that was given up.
+    fn has_room(&mut self) -> bool {
+        let min_free_bytes = self.app.config.storage.min_free_bytes;
+        let has_room = match crate::space::free_bytes(&self.app.data.root()) {
+            Ok(free) => free >= min_free_bytes,
+            // A system that does not say.
+            Err(_) => true,
+        };
+        if let Err(error) = self.app.ballast.keep() {
+            tracing::warn!(%error, "the ballast file was not made");
+        }
+        if has_room != self.had_room {
+            if has_room {
+                tracing::info!("the disk has room again: jobs are started");
+            } else {
+                tracing::warn!(
+                    min_free_bytes,
+                    "the disk is nearly full: no job is started until there is room"
+                );
+            }
+            self.had_room = has_room;
+        }
+        has_room
     }
 
     async fn look_after(&mut self, attempt: &Attempt) -> Result<(), StoreError> {

@@ -137,6 +137,7 @@ async fn world(devices: &[&str], change: impl FnOnce(&mut Config)) -> World {
     };
     store.insert_dataset(&pictures).await.unwrap();
     let app = App {
+        ballast: Arc::new(crate::space::Ballast::new(data.ballast(), 0, 0)),
         blobs: Blobs::local(&data.artifacts(), false).unwrap(),
         config: Arc::new(config),
         data: Arc::new(data),

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use lorad_faults::Point;
 use lorad_proto::{
     event::{Results, WorkerEvent},
     problem::Problem,
@@ -10,7 +11,7 @@ use serde_json::{Map, Value, json};
 
 pub use super::ingest::{Applied, WorkerBatch};
 use super::{
-    NewArtifact, Result, Store, StoreError, Tx, catalogue,
+    NewArtifact, Result, Store, StoreError, Tx, catalogue, commit,
     jobs::{append, fail, load, transition},
     query, rows,
 };
@@ -139,7 +140,7 @@ impl Store {
         .await?;
         let checkpoints = checkpoints(&mut tx, job.id).await?;
         let job = load(&mut tx, job.id).await?;
-        tx.commit().await.map_err(query("claim a job"))?;
+        commit(tx, Point::ClaimJob).await.map_err(query("claim a job"))?;
         Ok(Some(Claimed {
             job,
             dir,
@@ -154,14 +155,16 @@ impl Store {
     /// # Errors
     /// If the database fails.
     pub async fn set_attempt_process(&self, job: JobId, attempt: u32, pid: u32, pid_start: Option<u64>) -> Result<()> {
-        sqlx::query("UPDATE job_attempts SET pid = ?, pid_start = ? WHERE job_id = ? AND attempt = ?")
-            .bind(pid)
-            .bind(pid_start.map(u64::cast_signed))
-            .bind(job.to_string())
-            .bind(attempt)
-            .execute(&self.writer)
-            .await
-            .map_err(query("record a process"))?;
+        self.write(
+            Point::RecordProcess,
+            sqlx::query("UPDATE job_attempts SET pid = ?, pid_start = ? WHERE job_id = ? AND attempt = ?")
+                .bind(pid)
+                .bind(pid_start.map(u64::cast_signed))
+                .bind(job.to_string())
+                .bind(attempt),
+        )
+        .await
+        .map_err(query("record a process"))?;
         Ok(())
     }
 
@@ -242,7 +245,7 @@ impl Store {
             Outcome::Settled
         };
         let job = load(&mut tx, job.id).await?;
-        tx.commit().await.map_err(query("end an attempt"))?;
+        commit(tx, Point::EndAttempt).await.map_err(query("end an attempt"))?;
         Ok((job, outcome))
     }
 
@@ -289,7 +292,7 @@ impl Store {
             transition(&mut tx, &mut job, Change::Succeed, "published").await?;
         }
         let job = load(&mut tx, job.id).await?;
-        tx.commit().await.map_err(query("complete a job"))?;
+        commit(tx, Point::CompleteJob).await.map_err(query("complete a job"))?;
         Ok(job)
     }
 
@@ -302,7 +305,7 @@ impl Store {
         let mut job = owned(&mut tx, job, attempt).await?;
         fail(&mut tx, &mut job, problem).await?;
         let job = load(&mut tx, job.id).await?;
-        tx.commit().await.map_err(query("fail a job"))?;
+        commit(tx, Point::FailJob).await.map_err(query("fail a job"))?;
         Ok(job)
     }
 }

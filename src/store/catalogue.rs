@@ -1,5 +1,6 @@
 //! Datasets, models and published files.
 
+use lorad_faults::Point;
 use sqlx::Row;
 
 use super::{Result, Store, StoreError, Tx, query, rows};
@@ -35,7 +36,7 @@ impl Store {
     /// # Errors
     /// If the database fails.
     pub async fn insert_dataset(&self, dataset: &Dataset) -> Result<()> {
-        sqlx::query(
+        self.write(Point::InsertDataset, sqlx::query(
             "INSERT INTO datasets (id, name, modality, path, n_items, bytes, sha256, builtin, report, created_at_ms)
              VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         )
@@ -48,8 +49,7 @@ impl Store {
         .bind(&dataset.sha256)
         .bind(dataset.builtin)
         .bind(rows::text("report", &dataset.report)?)
-        .bind(dataset.created_at_ms)
-        .execute(&self.writer)
+        .bind(dataset.created_at_ms))
         .await
         .map_err(query("insert a dataset"))?;
         Ok(())
@@ -115,9 +115,11 @@ impl Store {
     /// # Errors
     /// [`StoreError::InUse`], [`StoreError::NotFound`], or if the database fails.
     pub async fn delete_dataset(&self, id: DatasetId) -> Result<()> {
-        let deleted = sqlx::query("DELETE FROM datasets WHERE id = ?")
-            .bind(id.to_string())
-            .execute(&self.writer)
+        let deleted = self
+            .write(
+                Point::DeleteDataset,
+                sqlx::query("DELETE FROM datasets WHERE id = ?").bind(id.to_string()),
+            )
             .await;
         deleted_or("dataset", &id.to_string(), deleted)
     }
@@ -127,24 +129,27 @@ impl Store {
     /// # Errors
     /// [`StoreError::Exists`] if the slug is taken by a model that is not built in, or if the database fails.
     pub async fn insert_model(&self, model: &Model) -> Result<()> {
-        let done = sqlx::query(
-            "INSERT INTO models (id, kind, family, path, source, licence, builtin, info, created_at_ms)
+        let done = self
+            .write(
+                Point::InsertModel,
+                sqlx::query(
+                    "INSERT INTO models (id, kind, family, path, source, licence, builtin, info, created_at_ms)
              VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
              ON CONFLICT (id) DO UPDATE SET family = excluded.family, path = excluded.path, info = excluded.info,
                  licence = excluded.licence WHERE models.builtin = 1 AND excluded.builtin = 1",
-        )
-        .bind(model.id.as_str())
-        .bind(model.kind.as_str())
-        .bind(&model.info.family)
-        .bind(model.path.to_string_lossy().into_owned())
-        .bind(&model.source)
-        .bind(&model.licence)
-        .bind(model.builtin)
-        .bind(rows::text("info", &model.info)?)
-        .bind(model.created_at_ms)
-        .execute(&self.writer)
-        .await
-        .map_err(query("register a model"))?;
+                )
+                .bind(model.id.as_str())
+                .bind(model.kind.as_str())
+                .bind(&model.info.family)
+                .bind(model.path.to_string_lossy().into_owned())
+                .bind(&model.source)
+                .bind(&model.licence)
+                .bind(model.builtin)
+                .bind(rows::text("info", &model.info)?)
+                .bind(model.created_at_ms),
+            )
+            .await
+            .map_err(query("register a model"))?;
         if done.rows_affected() == 0 {
             return Err(StoreError::Exists {
                 what: "model",
@@ -188,9 +193,11 @@ impl Store {
     /// # Errors
     /// [`StoreError::InUse`], [`StoreError::NotFound`], or if the database fails.
     pub async fn delete_model(&self, id: &ModelId) -> Result<()> {
-        let deleted = sqlx::query("DELETE FROM models WHERE id = ?")
-            .bind(id.as_str())
-            .execute(&self.writer)
+        let deleted = self
+            .write(
+                Point::DeleteModel,
+                sqlx::query("DELETE FROM models WHERE id = ?").bind(id.as_str()),
+            )
             .await;
         deleted_or("model", id.as_str(), deleted)
     }

@@ -1,6 +1,9 @@
 //! What viewers read: events after a cursor, log tails, metrics, samples, checkpoints.
 
-use super::{Result, Store, query, rows};
+use futures_util::TryStreamExt as _;
+use sqlx::Row as _;
+
+use super::{Page, Result, Store, query, rows};
 use crate::domain::{Checkpoint, EventKind, JobEvent, JobId, JobSample, MetricRow};
 
 impl Store {
@@ -17,6 +20,28 @@ impl Store {
             .await
             .map_err(query("read events"))?;
         rows.iter().map(rows::event).collect()
+    }
+
+    /// The events after a viewer's cursor, oldest first: at most `limit`, and no more once `bytes` of their data are read.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn events_page(&self, job: JobId, after: u64, limit: u32, bytes: usize) -> Result<Page<JobEvent>> {
+        let mut rows = sqlx::query("SELECT * FROM job_events WHERE job_id = ? AND seq > ? ORDER BY seq LIMIT ?")
+            .bind(job.to_string())
+            .bind(rows::int(after))
+            .bind(limit)
+            .fetch(&self.readers);
+        let (mut data, mut taken) = (Vec::new(), 0);
+        while let Some(row) = rows.try_next().await.map_err(query("read events"))? {
+            taken += row.get::<&str, _>("data").len();
+            data.push(rows::event(&row)?);
+            if taken >= bytes {
+                break;
+            }
+        }
+        let has_more = taken >= bytes || data.len() == limit as usize;
+        Ok(Page { data, has_more })
     }
 
     /// The newest `limit` events of one kind, oldest first.

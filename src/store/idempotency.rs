@@ -1,8 +1,10 @@
 //! `Idempotency-Key`: the same request twice has one effect and one answer.
 
-use super::{Result, Store, Tx, query, rows};
-use crate::domain::now_ms;
+use lorad_faults::Point;
 use sqlx::Row;
+
+use super::{Result, Store, Tx, commit, query, rows};
+use crate::domain::now_ms;
 
 /// How long answers are kept, milliseconds: 24 hours.
 const KEPT_MS: i64 = 24 * 60 * 60 * 1000;
@@ -84,7 +86,9 @@ impl Store {
                 body: row.get::<Option<String>, _>("body").unwrap_or_default(),
             }),
         };
-        tx.commit().await.map_err(query("take an idempotency key"))?;
+        commit(tx, Point::TakeKey)
+            .await
+            .map_err(query("take an idempotency key"))?;
         Ok(begin)
     }
 
@@ -93,21 +97,25 @@ impl Store {
     /// # Errors
     /// If the database fails.
     pub async fn abandon_idempotency(&self, key: &IdempotencyKey) -> Result<()> {
-        sqlx::query("DELETE FROM idempotency_keys WHERE key = ? AND scope = ? AND status IS NULL")
-            .bind(&key.key)
-            .bind(&key.scope)
-            .execute(&self.writer)
-            .await
-            .map_err(query("give an idempotency key back"))?;
+        self.write(
+            Point::GiveKeyBack,
+            sqlx::query("DELETE FROM idempotency_keys WHERE key = ? AND scope = ? AND status IS NULL")
+                .bind(&key.key)
+                .bind(&key.scope),
+        )
+        .await
+        .map_err(query("give an idempotency key back"))?;
         Ok(())
     }
 
     /// Gives back every key whose request was cut off by the end of the process. For the start of the server.
     pub(crate) async fn abandon_cut_off_requests(&self) -> Result<()> {
-        sqlx::query("DELETE FROM idempotency_keys WHERE status IS NULL")
-            .execute(&self.writer)
-            .await
-            .map_err(query("give idempotency keys back"))?;
+        self.write(
+            Point::GiveKeysBack,
+            sqlx::query("DELETE FROM idempotency_keys WHERE status IS NULL"),
+        )
+        .await
+        .map_err(query("give idempotency keys back"))?;
         Ok(())
     }
 }

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeSet, HashSet};
 
+use lorad_faults::Point;
 use lorad_proto::{
     PROTOCOL_VERSION,
     event::{Envelope, Phase, StepMetrics, StopReason, WorkerEvent},
@@ -14,10 +15,13 @@ use super::{
     Result, Store, StoreError, Tx,
     attempts::owned,
     catalogue::{self, NewSample},
+    commit,
     jobs::{append, fail, load, transition},
     query, rows,
 };
-use crate::domain::{Change, Desired, EventKind, Job, JobId, JobSample, JobStatus, metric, now_ms};
+use crate::domain::{
+    Change, Desired, EventKind, Job, JobId, JobSample, JobStatus, attempt::STORAGE_FULL, metric, now_ms,
+};
 
 /// A batch of a worker's events, as posted.
 #[derive(Debug, Clone, Copy)]
@@ -132,7 +136,7 @@ impl Store {
                 .map_err(query("renew a lease"))?;
         }
         let job = load(&mut tx, job.id).await?;
-        tx.commit().await.map_err(query("store events"))?;
+        commit(tx, Point::StoreEvents).await.map_err(query("store events"))?;
         Ok(Applied {
             job,
             acked_seq: acked,
@@ -407,6 +411,8 @@ impl Applying<'_> {
                 self.publish = true;
                 self.save("exported").await
             }
+            // Settled when its process is seen dead: the job goes back to the queue.
+            WorkerEvent::Failed { problem } if problem.code == STORAGE_FULL => Ok(()),
             WorkerEvent::Failed { problem } => fail(self.tx, self.job, problem).await,
             WorkerEvent::Stopped {
                 reason: StopReason::Cancelled,

@@ -1,10 +1,11 @@
 //! Jobs: insert, read, list, change, delete; and what users ask of them.
 
+use lorad_faults::Point;
 use serde_json::json;
 use sqlx::{QueryBuilder, Row, Sqlite};
 
 use super::{
-    Result, Store, StoreError, Tx,
+    Result, Store, StoreError, Tx, commit,
     idempotency::{self, IdempotencyKey, StoredAnswer},
     query, rows,
 };
@@ -87,7 +88,7 @@ impl Store {
         if let Some((key, answer)) = idempotency {
             idempotency::finish(&mut tx, key, &answer(&job)).await?;
         }
-        tx.commit().await.map_err(query("insert a job"))?;
+        commit(tx, Point::InsertJob).await.map_err(query("insert a job"))?;
         Ok(job)
     }
 
@@ -189,7 +190,7 @@ impl Store {
         .await
         .map_err(query("change a job"))?;
         let job = load(&mut tx, id).await?;
-        tx.commit().await.map_err(query("change a job"))?;
+        commit(tx, Point::UpdateJob).await.map_err(query("change a job"))?;
         Ok(job)
     }
 
@@ -214,7 +215,7 @@ impl Store {
             .execute(&mut *tx)
             .await
             .map_err(query("delete a job"))?;
-        tx.commit().await.map_err(query("delete a job"))
+        commit(tx, Point::DeleteJob).await.map_err(query("delete a job"))
     }
 
     /// Asks for a cancellation. A job without a worker is cancelled at once, unless there is a checkpoint to save from:
@@ -251,7 +252,7 @@ impl Store {
             }
         }
         let job = load(&mut tx, id).await?;
-        tx.commit().await.map_err(query("cancel a job"))?;
+        commit(tx, Point::CancelJob).await.map_err(query("cancel a job"))?;
         Ok(job)
     }
 
@@ -270,7 +271,7 @@ impl Store {
             transition(&mut tx, &mut job, Change::Pause, "requested").await?;
         }
         let job = load(&mut tx, id).await?;
-        tx.commit().await.map_err(query("pause a job"))?;
+        commit(tx, Point::PauseJob).await.map_err(query("pause a job"))?;
         Ok(job)
     }
 
@@ -291,7 +292,7 @@ impl Store {
             ready_now(&mut tx, id).await?;
         }
         let job = load(&mut tx, id).await?;
-        tx.commit().await.map_err(query("resume a job"))?;
+        commit(tx, Point::ResumeJob).await.map_err(query("resume a job"))?;
         Ok(job)
     }
 
@@ -316,7 +317,7 @@ impl Store {
             .await
             .map_err(query("ask a worker"))?;
         let job = load(&mut tx, id).await?;
-        tx.commit().await.map_err(query("ask a worker"))?;
+        commit(tx, Point::AskJob).await.map_err(query("ask a worker"))?;
         Ok(job)
     }
 }

@@ -15,9 +15,15 @@ mod upkeep;
 
 use std::{path::Path, time::Duration};
 
+use lorad_faults::{Moment, Point, pass};
 use sqlx::{
     Row, Sqlite, SqlitePool, Transaction,
-    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
+    migrate::MigrateError,
+    query::Query,
+    sqlite::{
+        SqliteArguments, SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteQueryResult,
+        SqliteSynchronous,
+    },
 };
 
 pub use attempts::{Applied, Attempt, Claimed, NewAttempt, WorkerBatch};
@@ -46,7 +52,18 @@ pub enum StoreError {
     },
     /// A migration failed.
     #[error("cannot bring the database up to date")]
-    Migrate(#[source] sqlx::migrate::MigrateError),
+    Migrate(#[source] MigrateError),
+    /// A newer lorad has changed the database's layout.
+    #[error(
+        "the database {path} was last used by a newer lorad (it has migration {version}, which this one does not know): \
+         use that version again, or restore a backup that is older than the upgrade"
+    )]
+    Newer {
+        /// Its file.
+        path: String,
+        /// The migration.
+        version: i64,
+    },
     /// The SQLite library is too old to be safe.
     #[error("SQLite {found} is too old: at least 3.51.3 is needed")]
     TooOld {
@@ -128,6 +145,22 @@ pub enum StoreError {
 /// Result of the store.
 pub type Result<T, E = StoreError> = std::result::Result<T, E>;
 
+impl StoreError {
+    /// Whether the disk has no room: what was tried has not happened, and is worth another try when there is.
+    pub fn is_disk_full(&self) -> bool {
+        /// `SQLITE_FULL`, and `SQLITE_IOERR_SHMSIZE`: no room for the index of the write-ahead log.
+        const FULL: [&str; 2] = ["13", "4874"];
+        match self {
+            Self::Open { source, .. } | Self::Query { source, .. } => match source {
+                sqlx::Error::Database(error) => error.code().is_some_and(|code| FULL.contains(&code.as_ref())),
+                sqlx::Error::Io(error) => error.kind() == std::io::ErrorKind::StorageFull,
+                _ => false,
+            },
+            _ => false,
+        }
+    }
+}
+
 /// Turns a driver error into [`StoreError::Query`].
 pub(super) fn query(act: &'static str) -> impl FnOnce(sqlx::Error) -> StoreError {
     move |source| StoreError::Query { act, source }
@@ -135,6 +168,13 @@ pub(super) fn query(act: &'static str) -> impl FnOnce(sqlx::Error) -> StoreError
 
 /// A write transaction.
 pub(super) type Tx = Transaction<'static, Sqlite>;
+
+/// Commits a write; the only place that does.
+pub(super) async fn commit(tx: Tx, point: Point) -> Result<(), sqlx::Error> {
+    pass(point, Moment::Before)?;
+    tx.commit().await?;
+    Ok(pass(point, Moment::After)?)
+}
 
 /// The database. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -181,7 +221,13 @@ impl Store {
         sqlx::migrate!("./migrations")
             .run(&writer)
             .await
-            .map_err(StoreError::Migrate)?;
+            .map_err(|error| match error {
+                MigrateError::VersionMissing(version) => StoreError::Newer {
+                    path: file.display().to_string(),
+                    version,
+                },
+                other => StoreError::Migrate(other),
+            })?;
         let readers = SqlitePoolOptions::new()
             .max_connections(4)
             .idle_timeout(None)
@@ -199,6 +245,18 @@ impl Store {
             .begin_with("BEGIN IMMEDIATE")
             .await
             .map_err(query("begin a write"))
+    }
+
+    /// Runs one statement as a write of its own.
+    pub(super) async fn write(
+        &self,
+        point: Point,
+        statement: Query<'_, Sqlite, SqliteArguments>,
+    ) -> Result<SqliteQueryResult, sqlx::Error> {
+        pass(point, Moment::Before)?;
+        let done = statement.execute(&self.writer).await?;
+        pass(point, Moment::After)?;
+        Ok(done)
     }
 
     /// Checks that the database answers; for the readiness probe.
@@ -246,12 +304,11 @@ impl Store {
     /// # Errors
     /// If the database fails.
     pub async fn set_setting(&self, name: &str, value: &str) -> Result<()> {
-        sqlx::query(
+        self.write(Point::WriteSetting, sqlx::query(
             "INSERT INTO settings (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
         )
         .bind(name)
-        .bind(value)
-        .execute(&self.writer)
+        .bind(value))
         .await
         .map_err(query("write a setting"))?;
         Ok(())

@@ -729,3 +729,23 @@ fn versions_compare_as_numbers() {
     assert!(!is_at_least("3.51.2", SQLITE_MIN_VERSION));
     assert!(!is_at_least("3.9.9", SQLITE_MIN_VERSION));
 }
+
+#[tokio::test]
+async fn a_database_of_a_newer_version_is_refused_with_what_to_do_and_left_as_it_is() {
+    let f = fixture().await;
+    sqlx::query(
+        "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) VALUES (9999, 'later', 1, x'00', 0)",
+    )
+    .execute(&f.store.writer)
+    .await
+    .unwrap();
+    f.store.close().await;
+    let file = f.dir.path().join("db.sqlite3");
+    let before = std::fs::read(&file).unwrap();
+    let refused = Store::open(&file).await.unwrap_err();
+    assert!(matches!(refused, StoreError::Newer { version: 9999, .. }), "{refused}");
+    for part in ["newer lorad", "9999", "restore a backup", "db.sqlite3"] {
+        assert!(refused.to_string().contains(part), "{refused}");
+    }
+    assert_eq!(std::fs::read(&file).unwrap(), before);
+}

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
+use lorad_faults::Point;
 use sqlx::Row;
 
-use super::{Result, Store, query, rows};
+use super::{Result, Store, commit, query, rows};
 use crate::domain::{Artifact, Checkpoint, Job};
 
 /// Setting that holds the data directory under which the stored paths lie.
@@ -44,25 +45,27 @@ impl Store {
     pub async fn settle_in(&self, root: &Path) -> Result<()> {
         let now = root.to_string_lossy().into_owned();
         let before = self.setting(DATA_ROOT).await?;
-        if let Some(before) = before.filter(|before| *before != now) {
-            let mut tx = self.begin().await?;
-            for sql in [
-                "UPDATE datasets SET path = ?1 || substr(path, length(?2) + 1) WHERE substr(path, 1, length(?2) + 1) = ?2 || '/'",
-                "UPDATE models SET path = ?1 || substr(path, length(?2) + 1) WHERE substr(path, 1, length(?2) + 1) = ?2 || '/'",
-                "UPDATE job_attempts SET dir = ?1 || substr(dir, length(?2) + 1) WHERE substr(dir, 1, length(?2) + 1) = ?2 || '/'",
-                "UPDATE job_checkpoints SET path = ?1 || substr(path, length(?2) + 1)
-                 WHERE substr(path, 1, length(?2) + 1) = ?2 || '/'",
-            ] {
-                sqlx::query(sql)
-                    .bind(&now)
-                    .bind(&before)
-                    .execute(&mut *tx)
-                    .await
-                    .map_err(query("move stored paths"))?;
-            }
-            tx.commit().await.map_err(query("move stored paths"))?;
+        let Some(before) = before.filter(|before| *before != now) else {
+            return self.set_setting(DATA_ROOT, &now).await;
+        };
+        let mut tx = self.begin().await?;
+        for sql in [
+            "UPDATE datasets SET path = ?1 || substr(path, length(?2) + 1) WHERE substr(path, 1, length(?2) + 1) = ?2 || '/'",
+            "UPDATE models SET path = ?1 || substr(path, length(?2) + 1) WHERE substr(path, 1, length(?2) + 1) = ?2 || '/'",
+            "UPDATE job_attempts SET dir = ?1 || substr(dir, length(?2) + 1) WHERE substr(dir, 1, length(?2) + 1) = ?2 || '/'",
+            "UPDATE job_checkpoints SET path = ?1 || substr(path, length(?2) + 1)
+             WHERE substr(path, 1, length(?2) + 1) = ?2 || '/'",
+            // In the same transaction: a directory that moved into itself must not be moved twice.
+            "UPDATE settings SET value = ?1 WHERE name = 'data_root' AND value = ?2",
+        ] {
+            sqlx::query(sql)
+                .bind(&now)
+                .bind(&before)
+                .execute(&mut *tx)
+                .await
+                .map_err(query("move stored paths"))?;
         }
-        self.set_setting(DATA_ROOT, &now).await
+        commit(tx, Point::MovePaths).await.map_err(query("move stored paths"))
     }
 
     /// Every published file.

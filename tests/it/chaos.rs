@@ -24,11 +24,11 @@ use crate::{
 };
 
 /// Numbers from a seed (splitmix64).
-struct Draws(u64);
+pub struct Draws(u64);
 
 impl Draws {
     /// From `LORAD_TEST_SEED`, else from the clock; said aloud, so that a failure shows it.
-    fn new() -> Self {
+    pub fn new() -> Self {
         let seed = std::env::var("LORAD_TEST_SEED")
             .ok()
             .and_then(|text| text.parse().ok())
@@ -37,7 +37,7 @@ impl Draws {
         Self(seed)
     }
 
-    fn within(&mut self, range: std::ops::Range<u64>) -> u64 {
+    pub fn within(&mut self, range: std::ops::Range<u64>) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -55,7 +55,7 @@ fn kills(quick: usize) -> usize {
 
 /// What the job's own events say of its life: each change starts where the last one ended and is one that the state
 /// machine knows. How often it succeeded and how often it was interrupted.
-async fn lives(store: &Store, job: JobId) -> (usize, usize) {
+pub async fn lives(store: &Store, job: JobId) -> (usize, usize) {
     let mut at = None;
     let mut n = BTreeMap::<String, usize>::new();
     for event in store.events_after(job, 0, 100_000).await.unwrap() {
@@ -314,7 +314,7 @@ async fn a_worker_frozen_past_its_lease_is_killed_and_its_job_goes_on() {
 }
 
 /// The adapter's tensors as they lie in a job's diffusers file, without the metadata, which holds times.
-async fn tensors(server: &TestServer, job: JobId) -> (Value, Vec<u8>) {
+pub async fn tensors(server: &TestServer, job: JobId) -> (Value, Vec<u8>) {
     let url = server.url(&format!("/jobs/{job}/files/pytorch_lora_weights.safetensors"));
     let bytes = reqwest::get(url).await.unwrap().bytes().await.unwrap();
     let length = usize::try_from(u64::from_le_bytes(bytes[..8].try_into().unwrap())).unwrap();

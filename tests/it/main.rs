@@ -16,6 +16,8 @@ mod chaos;
 mod cli;
 mod client;
 mod corpus;
+mod crashes;
+mod faults;
 mod jobs;
 mod limits;
 mod readme;
@@ -25,3 +27,7 @@ mod scripted;
 mod server;
 mod sse;
 mod upkeep;
+
+/// Counts the heap, for the tests that bound it.
+#[global_allocator]
+static HEAP: peak_alloc::PeakAlloc = peak_alloc::PeakAlloc;

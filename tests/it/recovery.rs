@@ -242,7 +242,16 @@ async fn two_servers_on_one_data_directory_are_refused() {
     let server = TestServer::start().await;
     let again = settings(server.dir.path(), &[]);
     let config = Config::from_layers(None, std::collections::HashMap::new(), &again).unwrap();
-    assert!(matches!(serve(config).await, Err(ServeError::Locked { .. })));
+    let refused = serve(config).await.unwrap_err();
+    assert!(matches!(refused, ServeError::Locked { .. }));
+    // Who, where, and what to do.
+    for part in [
+        format!("(process {})", std::process::id()),
+        server.dir.path().join("data").display().to_string(),
+        "--data-dir".to_owned(),
+    ] {
+        assert!(refused.to_string().contains(&part), "{refused}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -30,15 +30,38 @@ const DATA_DIR: &str = "LORAD_TEST_DATA_DIR";
 const LET_GO: &str = "let-go";
 const SETTINGS: &str = "LORAD_TEST_SETTINGS";
 
+const STATS_FILE: &str = "stats";
+
 /// Where [`server_process`] writes its address.
 pub const ADDRESS_FILE: &str = "address";
 
 /// Writes the script that the server starts as worker.
 pub fn worker_program(dir: &Path) -> PathBuf {
-    let program = dir.join("worker.sh");
+    write_program(dir, "", "worker")
+}
+
+/// Like [`worker_program`], but with fault points that obey what is armed in `faults` ([`crate::faults`]), also when the
+/// real trainer runs, and the real program for everything else that the server starts.
+pub fn faulty_program(dir: &Path, faults: &Path, is_real: bool) -> PathBuf {
+    let variables = format!(
+        "{}='{}' {}",
+        crate::faults::DIR,
+        faults.display(),
+        if is_real { "LORAD_TEST_REAL=1 " } else { "" }
+    );
+    write_program(dir, &variables, "faulty-worker")
+}
+
+fn write_program(dir: &Path, variables: &str, name: &str) -> PathBuf {
+    let program = dir.join(format!("{name}.sh"));
     let this = std::env::current_exe().unwrap();
+    let other = if variables.is_empty() {
+        String::new()
+    } else {
+        format!("[ \"$1\" = worker ] || exec '{}' \"$@\"\n", env!("CARGO_BIN_EXE_lorad"))
+    };
     let script = format!(
-        "#!/bin/sh\n{ATTEMPT_DIR}=\"$3\" exec '{}' scripted::worker_process --exact --nocapture\n",
+        "#!/bin/sh\n{other}{variables}{ATTEMPT_DIR}=\"$3\" exec '{}' scripted::worker_process --exact --nocapture\n",
         this.display()
     );
     std::fs::write(&program, script).unwrap();
@@ -63,7 +86,11 @@ pub fn server_command(data_dir: &Path, settings: &[(&str, String)]) -> std::proc
 #[test]
 fn worker_process() {
     if let Some(dir) = std::env::var_os(ATTEMPT_DIR) {
-        std::process::exit(lorad::agent::run_with(Path::new(&dir), train));
+        crate::faults::obey();
+        std::process::exit(match std::env::var_os("LORAD_TEST_REAL") {
+            Some(_) => lorad::agent::run(Path::new(&dir)),
+            None => lorad::agent::run_with(Path::new(&dir), train),
+        });
     }
 }
 
@@ -73,6 +100,7 @@ async fn server_process() {
     let Some(data_dir) = std::env::var_os(DATA_DIR).map(PathBuf::from) else {
         return;
     };
+    crate::faults::obey();
     let settings: BTreeMap<String, String> = serde_json::from_str(&std::env::var(SETTINGS).unwrap()).unwrap();
     let flags: Vec<(&str, String)> = settings.iter().map(|(k, v)| (k.as_str(), v.clone())).collect();
     let config = Config::load(None, &flags).unwrap();
@@ -81,7 +109,54 @@ async fn server_process() {
     let fresh = data_dir.join("address.tmp");
     std::fs::write(&fresh, server.address().to_string()).unwrap();
     std::fs::rename(fresh, data_dir.join(ADDRESS_FILE)).unwrap();
-    std::future::pending::<()>().await;
+    // What it holds, for tests in another process.
+    loop {
+        let stats = Stats {
+            heap_bytes: crate::HEAP.current_usage() as u64,
+            topics: server.app().events.topics() as u64,
+        };
+        std::fs::write(data_dir.join("stats.tmp"), serde_json::to_vec(&stats).unwrap()).unwrap();
+        std::fs::rename(data_dir.join("stats.tmp"), data_dir.join(STATS_FILE)).unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// What a server process holds.
+#[derive(Debug, Clone, Copy, serde::Serialize, serde::Deserialize)]
+pub struct Stats {
+    pub heap_bytes: u64,
+    pub topics: u64,
+}
+
+/// What the server process on this folder holds, measured after now.
+pub async fn stats(dir: &Path) -> Stats {
+    let file = dir.join("data").join(STATS_FILE);
+    let _ = std::fs::remove_file(&file);
+    let start = std::time::Instant::now();
+    loop {
+        if let Ok(bytes) = std::fs::read(&file) {
+            return serde_json::from_slice(&bytes).unwrap();
+        }
+        assert!(
+            start.elapsed() < crate::server::PATIENCE,
+            "the server says nothing of itself"
+        );
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Lets this process, and those that it starts, open as many files as the system allows.
+pub fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: maximum,
+            maximum,
+        },
+    )
+    .unwrap();
 }
 
 /// What the hyperparameters say.
@@ -95,18 +170,20 @@ struct Script {
     hold_at: Option<u64>,
     /// The first attempt waits when it has said that it exports.
     hold_export: bool,
+    /// Its result is not the one that it announces.
+    spoil: bool,
+    /// Length of a line that it logs before each step.
+    log_bytes: usize,
 }
 
 impl Script {
     fn of(spec: &AttemptSpec) -> Self {
-        let number = |key: &str, default| {
-            spec.hyperparameters
-                .get(key)
-                .and_then(serde_json::Value::as_u64)
-                .unwrap_or(default)
-        };
+        // A job that came over HTTP has the real hyperparameters: its script is its name.
+        let named: Option<Map<String, serde_json::Value>> = serde_json::from_str(&spec.job_name).ok();
+        let script = named.as_ref().unwrap_or(&spec.hyperparameters);
+        let number = |key: &str, default| script.get(key).and_then(serde_json::Value::as_u64).unwrap_or(default);
         let ends = ["abort", "fail"].iter().find_map(|how| {
-            let step = spec.hyperparameters.get(*how)?.as_u64()?;
+            let step = script.get(*how)?.as_u64()?;
             Some(((*how).to_owned(), step))
         });
         Self {
@@ -115,9 +192,11 @@ impl Script {
             checkpoint_every: number("checkpoint_every", 0),
             ends,
             hold_at: (u64::from(spec.attempt) <= number("held_attempts", 1))
-                .then(|| spec.hyperparameters.get("hold_at")?.as_u64())
+                .then(|| script.get("hold_at")?.as_u64())
                 .flatten(),
-            hold_export: spec.attempt == 1 && spec.hyperparameters.contains_key("hold_export"),
+            hold_export: spec.attempt == 1 && script.contains_key("hold_export"),
+            log_bytes: usize::try_from(number("log_bytes", 0)).unwrap(),
+            spoil: script.contains_key("spoil"),
         }
     }
 }
@@ -185,6 +264,12 @@ fn train(spec: AttemptSpec, reporter: Arc<dyn Reporter>) -> WorkerEvent {
             _ => {}
         }
         std::thread::sleep(Duration::from_millis(script.step_ms));
+        if script.log_bytes > 0 {
+            reporter.emit(WorkerEvent::Log {
+                level: lorad_proto::event::Level::Info,
+                message: "x".repeat(script.log_bytes),
+            });
+        }
         reporter.emit(WorkerEvent::Step(StepMetrics {
             step,
             total_steps: script.steps,
@@ -250,7 +335,11 @@ fn export(spec: &AttemptSpec, script: &Script, step: u64, reporter: &dyn Reporte
     let dir = spec.attempt_dir.join("results");
     std::fs::create_dir_all(&dir).unwrap();
     let bytes = json!({"step": step}).to_string().into_bytes();
-    std::fs::write(dir.join("receipt.json"), &bytes).unwrap();
+    std::fs::write(
+        dir.join("receipt.json"),
+        if script.spoil { b"spoilt" } else { &bytes[..] },
+    )
+    .unwrap();
     Some(Results {
         files: vec![ResultFile {
             name: "receipt.json".to_owned(),

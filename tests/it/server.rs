@@ -235,6 +235,10 @@ impl ServerProcess {
         Self { child, address }
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// `kill -9`, and waits until it is gone; so does dropping it.
     pub fn kill(self) {
         drop(self);

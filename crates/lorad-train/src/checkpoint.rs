@@ -14,11 +14,12 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io::{Read, Write},
+    io::Read,
     path::{Path, PathBuf},
 };
 
 use candle_core::Tensor;
+use lorad_faults::{Point, around, write_all};
 use lorad_proto::problem::Problem;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -83,44 +84,56 @@ pub fn dir_name(step: u64) -> String {
 /// of the parent.
 ///
 /// # Errors
-/// What could not be written; then nothing is left under `root` but a `.tmp-` directory that [`sweep`] removes.
+/// What could not be written; then nothing is left under `root`. (A process that dies leaves a `.tmp-` directory, which
+/// [`sweep`] removes.)
 pub fn write(root: &Path, snapshot: &Snapshot) -> Result<Written> {
     fs::create_dir_all(root).map_err(TrainError::io("create", root))?;
-    let step = snapshot.state.step;
-    let dir = dir_name(step);
+    let dir = dir_name(snapshot.state.step);
     let tmp = root.join(format!("{TMP_PREFIX}{dir}"));
     if tmp.exists() {
         fs::remove_dir_all(&tmp).map_err(TrainError::io("remove", &tmp))?;
     }
     fs::create_dir(&tmp).map_err(TrainError::io("create", &tmp))?;
+    let written = write_in(root, &tmp, dir, snapshot);
+    if written.is_err() && tmp.exists() {
+        // The disk may be full: half a checkpoint must not keep what it took.
+        fs::remove_dir_all(&tmp).map_err(TrainError::io("remove", &tmp))?;
+    }
+    written
+}
 
+fn write_in(root: &Path, tmp: &Path, dir: String, snapshot: &Snapshot) -> Result<Written> {
     let mut files = BTreeMap::new();
     let state =
         serde_json::to_vec_pretty(&snapshot.state).map_err(|e| TrainError::io("write", tmp.join(STATE))(e.into()))?;
-    for (name, bytes) in [
-        (ADAPTER, serialize_tensors(&snapshot.adapter)?),
-        (OPTIMIZER, serialize_tensors(&snapshot.optimizer)?),
-        (STATE, state),
+    for (point, name, bytes) in [
+        (Point::WriteAdapter, ADAPTER, serialize_tensors(&snapshot.adapter)?),
+        (
+            Point::WriteOptimizer,
+            OPTIMIZER,
+            serialize_tensors(&snapshot.optimizer)?,
+        ),
+        (Point::WriteState, STATE, state),
     ] {
-        files.insert(name.to_owned(), write_synced(&tmp.join(name), &bytes)?);
+        files.insert(name.to_owned(), write_synced(point, &tmp.join(name), &bytes)?);
     }
     let manifest = Manifest {
         version: 1,
-        step,
+        step: snapshot.state.step,
         files,
     };
     let manifest_bytes =
         serde_json::to_vec_pretty(&manifest).map_err(|e| TrainError::io("write", tmp.join(MANIFEST))(e.into()))?;
-    let entry = write_synced(&tmp.join(MANIFEST), &manifest_bytes)?;
-    sync_dir(&tmp)?;
+    let entry = write_synced(Point::WriteManifest, &tmp.join(MANIFEST), &manifest_bytes)?;
+    sync_dir(Point::SyncCheckpoint, tmp)?;
 
     let target = root.join(&dir);
     if target.exists() {
         // Asked twice at the same step: the content is the same, and a rename cannot replace a full directory.
         fs::remove_dir_all(&target).map_err(TrainError::io("remove", &target))?;
     }
-    fs::rename(&tmp, &target).map_err(TrainError::io("rename", &target))?;
-    sync_dir(root)?;
+    around(Point::RenameCheckpoint, || fs::rename(tmp, &target)).map_err(TrainError::io("rename", &target))?;
+    sync_dir(Point::SyncCheckpoints, root)?;
     Ok(Written {
         dir,
         bytes: entry.bytes + manifest.files.values().map(|f| f.bytes).sum::<u64>(),
@@ -246,9 +259,9 @@ pub fn expired(steps: &[u64], keep: usize) -> Vec<u64> {
 /// # Errors
 /// What could not be removed.
 pub fn prune(root: &Path, keep: usize) -> Result<()> {
-    for step in expired(&list(root), keep) {
-        let dir = root.join(dir_name(step));
-        fs::remove_dir_all(&dir).map_err(TrainError::io("remove", &dir))?;
+    for old in expired(&list(root), keep) {
+        let dir = root.join(dir_name(old));
+        around(Point::PruneCheckpoints, || fs::remove_dir_all(&dir)).map_err(TrainError::io("remove", &dir))?;
     }
     Ok(())
 }
@@ -277,9 +290,9 @@ pub fn hash_file(path: &Path) -> std::io::Result<FileEntry> {
 }
 
 /// Writes a new file and waits until it is on the disk.
-fn write_synced(path: &Path, bytes: &[u8]) -> Result<FileEntry> {
+fn write_synced(point: Point, path: &Path, bytes: &[u8]) -> Result<FileEntry> {
     let mut file = File::create(path).map_err(TrainError::io("create", path))?;
-    file.write_all(bytes).map_err(TrainError::io("write", path))?;
+    write_all(point, &mut file, bytes).map_err(TrainError::io("write", path))?;
     file.sync_all().map_err(TrainError::io("sync", path))?;
     Ok(FileEntry {
         bytes: bytes.len() as u64,
@@ -287,10 +300,8 @@ fn write_synced(path: &Path, bytes: &[u8]) -> Result<FileEntry> {
     })
 }
 
-fn sync_dir(path: &Path) -> Result<()> {
-    File::open(path)
-        .and_then(|dir| dir.sync_all())
-        .map_err(TrainError::io("sync", path))
+fn sync_dir(point: Point, path: &Path) -> Result<()> {
+    around(point, || File::open(path)?.sync_all()).map_err(TrainError::io("sync", path))
 }
 
 /// Safetensors bytes of named tensors, in sorted order.

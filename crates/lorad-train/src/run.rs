@@ -12,6 +12,7 @@ use std::{
 };
 
 use candle_core::Tensor;
+use lorad_faults::{Moment, Point, around, pass};
 use lorad_proto::{
     PROTOCOL_VERSION,
     command::Command,
@@ -188,7 +189,7 @@ fn attempt(family: &dyn Family, spec: &AttemptSpec, reporter: &dyn Reporter, rea
         }
         let due = |every: u64| every > 0 && step.is_multiple_of(every);
         if due(run.settings.checkpoint_every_steps) || run.save_soon {
-            run.save()?;
+            run.save_if_possible()?;
         }
         if due(spec.sampling.every_steps) && step < total_steps {
             run.draw(step, true)?;
@@ -378,13 +379,33 @@ impl<'a> Run<'a> {
         let written = checkpoint::write(&root, &snapshot)?;
         self.saved_at = Some(self.state.step);
         self.save_soon = false;
-        self.reporter.emit(WorkerEvent::Checkpoint {
-            step: self.state.step,
-            dir: written.dir,
-            bytes: written.bytes,
-            sha256: written.sha256,
-        });
+        let announce = || {
+            self.reporter.emit(WorkerEvent::Checkpoint {
+                step: self.state.step,
+                dir: written.dir,
+                bytes: written.bytes,
+                sha256: written.sha256,
+            });
+            Ok(())
+        };
+        around(Point::AnnounceCheckpoint, announce).map_err(TrainError::io("announce", &root))?;
         checkpoint::prune(&root, self.settings.keep_checkpoints)
+    }
+
+    /// Writes a checkpoint that nobody waits for. One that the disk does not take costs no training: the one before it
+    /// stays, the user is told, and the next one is tried.
+    fn save_if_possible(&mut self) -> Result<()> {
+        let problem = match self.save() {
+            Err(error @ TrainError::Io { .. }) => error.into_problem(),
+            other => return other,
+        };
+        self.reporter.emit(WorkerEvent::Alert {
+            code: "checkpoint.not_written".to_owned(),
+            severity: Level::Warn,
+            step: self.state.step,
+            detail: format!("{} The checkpoint before it stays; training goes on.", problem.detail),
+        });
+        Ok(())
     }
 
     /// Does what the server asks; a final event if that is to stop.
@@ -596,9 +617,8 @@ impl<'a> Run<'a> {
         for (i, (picture, prompt)) in pictures.iter().zip(prompts).enumerate() {
             let file = format!("{step:08}-{i:02}.png");
             let path = dir.join(&file);
-            picture
-                .save_with_format(&path, image::ImageFormat::Png)
-                .map_err(|e| TrainError::io("write", &path)(std::io::Error::other(e)))?;
+            let save = || picture.save_with_format(&path, image::ImageFormat::Png);
+            around(Point::WriteSample, save).map_err(|e| TrainError::io("write", &path)(image_error(e)))?;
             let written = checkpoint::hash_file(&path).map_err(TrainError::io("read", &path))?;
             self.reporter.emit(WorkerEvent::Sample(Sample {
                 step,
@@ -626,7 +646,9 @@ impl<'a> Run<'a> {
             started_at_ms: self.state.started_at_ms,
         };
         let dir = self.spec.attempt_dir.join("results");
+        pass(Point::WriteResults, Moment::Before).map_err(TrainError::io("write", &dir))?;
         let files = self.shown(|| self.task.export(&dir, &context))?;
+        pass(Point::WriteResults, Moment::After).map_err(TrainError::io("write", &dir))?;
         let mut summary = json!({
             "steps": self.state.step,
             "epoch": epoch,
@@ -677,6 +699,14 @@ impl<'a> Run<'a> {
         )
         .with_hint("Lower learning_rate (by 3 to 10 times), set max_grad_norm to 1, or look for broken pictures.")
         .into())
+    }
+}
+
+/// What the disk said, if it was the disk: its kind tells a full one.
+fn image_error(error: image::ImageError) -> std::io::Error {
+    match error {
+        image::ImageError::IoError(error) => error,
+        other => std::io::Error::other(other),
     }
 }
 

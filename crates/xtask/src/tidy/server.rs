@@ -44,6 +44,19 @@ pub(super) const RULES: &[Rule] = &[
         planted: || Tree::of(&[("src/scheduler/mod.rs", "let sql = \"\n  SELECT id FROM jobs\";")]),
     },
     Rule {
+        name: "every write passes a fault point",
+        why: "a step that makes something durable without one is a step at which no test dies (ADR 15)",
+        check: |tree| {
+            let committing = server(tree, &["src/store/mod.rs", "src/store/tests.rs", "src/store/model.rs"]);
+            let mut found = in_code(committing, r"\.commit\(\)");
+            // What is left out copies the database or changes a copy.
+            let writing = server(tree, &["src/store/mod.rs", "src/store/upkeep.rs"]);
+            found.extend(in_code(writing, r"&self\.writer\b"));
+            found
+        },
+        planted: || Tree::of(&[("src/store/jobs.rs", "tx.commit().await?;")]),
+    },
+    Rule {
         name: "only http knows status codes",
         why: "one table maps error codes to statuses; beside it only the two ends of the worker protocol",
         check: |tree| {
