@@ -222,6 +222,20 @@ fn checks(machine: &Machine, data_dir: &Path, base_models: &[models::Found]) -> 
             "Raise the limit, e.g. `ulimit -n 4096`.",
         ));
     }
+    let confined = lorad::ingest::sandbox::available();
+    let has = |it: bool| if it { "yes" } else { "no" };
+    checks.push(Check::new(
+        "sandbox",
+        confined.files && confined.calls,
+        Status::Warning,
+        format!(
+            "Landlock {}, system call filter {}",
+            has(confined.files),
+            has(confined.calls)
+        ),
+        "Uploaded pictures are decoded under limits, but this kernel (Linux 5.13 or newer has Landlock) lets their decoder read \
+         what this user can read.",
+    ));
     #[cfg(target_arch = "x86_64")]
     checks.push(Check::new(
         "cpu",

@@ -2,12 +2,13 @@
 //!
 //! Two sides of one small pipe protocol:
 //! - [`ChildInspector`], in the server, starts `lorad inspect-images`, gives it the list on stdin and reads verdicts;
-//! - [`run_child`], in the child, lowers its own limits, then decodes one picture after the other.
+//! - [`run_child`], in the child, lowers its own limits and confines itself ([`sandbox`]), then decodes one picture after the other.
 //!
 //! The child prints `ready`, then one [`ImageVerdict`] as JSON a line, in order. When it dies, or is silent for too
 //! long, the first picture without a verdict is the one at fault, and a new child goes on with the rest.
 
 use std::{
+    collections::BTreeSet,
     fs::File,
     io::{self, BufRead as _, BufReader, Read, Seek as _, Write},
     os::unix::process::ExitStatusExt as _,
@@ -21,6 +22,8 @@ use std::{
 use lorad_proto::{catalog::Catalog, dataset::ImageVerdict};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use serde::{Deserialize, Serialize};
+
+use super::sandbox;
 
 /// Name of the hidden subcommand.
 pub const SUBCOMMAND: &str = "inspect-images";
@@ -213,6 +216,17 @@ impl Inspector for ChildInspector {
 pub fn run_child(catalog: &dyn Catalog, input: impl Read, mut output: impl Write) -> io::Result<()> {
     let requests: Vec<InspectRequest> = serde_json::from_reader(input)?;
     limit_self(requests.len() as u64)?;
+    let folders = |of: fn(&InspectRequest) -> Option<&PathBuf>| -> Vec<PathBuf> {
+        let parents = requests
+            .iter()
+            .filter_map(|request| Some(of(request)?.parent()?.to_owned()));
+        let distinct: BTreeSet<PathBuf> = parents.collect();
+        distinct.into_iter().collect()
+    };
+    sandbox::confine(
+        &folders(|request| Some(&request.file)),
+        &folders(|request| request.thumbnail.as_ref()),
+    );
     writeln!(output, "{READY}")?;
     output.flush()?;
     for request in &requests {

@@ -19,6 +19,7 @@ pub mod library;
 mod names;
 mod pairing;
 mod publish;
+pub mod sandbox;
 mod tar;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]

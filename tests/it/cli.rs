@@ -169,3 +169,53 @@ fn train_writes_its_results_pictures_and_figures_and_removes_its_working_folder(
             .all(|entry| !entry.file_name().to_string_lossy().starts_with('.'))
     );
 }
+
+#[test]
+fn the_decoder_of_uploaded_pictures_reads_nothing_outside_its_folder_and_doctor_says_whether_it_can_be_confined() {
+    use std::io::Write as _;
+    let (inside, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    for folder in [&inside, &outside] {
+        std::fs::write(folder.path().join("real.png"), crate::corpus::png(40, 30)).unwrap();
+    }
+    std::os::unix::fs::symlink(outside.path().join("real.png"), inside.path().join("link.png")).unwrap();
+    let request = |name: &str| {
+        let thumbnail = inside.path().join(format!("{name}-thumb.png"));
+        serde_json::json!({"file": inside.path().join(name), "thumbnail": thumbnail, "max_pixels": 10_000})
+    };
+    let mut child = Command::new(env!("CARGO_BIN_EXE_lorad"))
+        .arg("inspect-images")
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let list = Value::from(vec![request("real.png"), request("link.png")]).to_string();
+    child.stdin.take().unwrap().write_all(list.as_bytes()).unwrap();
+    let output = text(&child.wait_with_output().unwrap().stdout);
+    let verdicts: Vec<Value> = output
+        .lines()
+        .skip(1)
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(
+        (&verdicts[0]["width"], verdicts.len()),
+        (&Value::from(40), 2),
+        "{output}"
+    );
+    assert!(inside.path().join("real.png-thumb.png").exists(), "no thumbnail");
+
+    let report: Value = serde_json::from_slice(&lorad(&["doctor", "--json"], inside.path()).stdout).unwrap();
+    let check = report["checks"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|check| check["name"] == "sandbox");
+    let check = check.expect("doctor says nothing about the sandbox");
+    let has_landlock = check["detail"].as_str().unwrap().contains("Landlock yes");
+    let was_refused = verdicts[1].get("width").is_none();
+    assert_eq!(was_refused, has_landlock, "{output}\n{check:#}");
+    // Without it, someone is told.
+    assert!(
+        has_landlock || !check["hint"].as_str().unwrap_or("").is_empty(),
+        "{check:#}"
+    );
+}
