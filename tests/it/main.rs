@@ -25,8 +25,10 @@ mod recovery;
 mod safety;
 mod scripted;
 mod server;
+mod soak;
 mod sse;
 mod upkeep;
+mod viewers;
 
 /// Counts the heap, for the tests that bound it.
 #[global_allocator]
