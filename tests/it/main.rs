@@ -17,6 +17,7 @@ mod cli;
 mod client;
 mod corpus;
 mod crashes;
+mod disk_full;
 mod faults;
 mod jobs;
 mod limits;
