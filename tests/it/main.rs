@@ -19,6 +19,7 @@ mod corpus;
 mod crashes;
 mod disk_full;
 mod faults;
+mod fuzz;
 mod jobs;
 mod limits;
 mod readme;

@@ -14,6 +14,7 @@ mod exec;
 mod golden;
 mod provision;
 mod report;
+mod schemathesis;
 mod suite;
 mod tidy;
 mod vendor;
@@ -62,6 +63,24 @@ enum Command {
         #[arg(long, default_value_t = 2)]
         rounds: usize,
     },
+    /// Send the HTTP API requests made from its own description; none may be answered with 5xx.
+    Schemathesis {
+        /// Requests to make.
+        #[arg(long, default_value_t = schemathesis::QUICK_CASES)]
+        cases: u64,
+        /// Seed of the first round.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
+    /// Feed the parsers of everything that comes from outside with mutated input.
+    Fuzz {
+        /// Seconds for each parser.
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+        /// Seed that a failure printed.
+        #[arg(long)]
+        seed: Option<u64>,
+    },
     /// The architecture rules alone.
     Tidy,
     /// Check the vendored browser files against `static/vendor/VENDOR.toml`.
@@ -84,6 +103,26 @@ fn main() -> ExitCode {
     }
 }
 
+/// The fuzzers are tests of `tests/it`, which run for a moment in every test run.
+fn fuzz(seconds: u64, seed: Option<u64>) -> Result<ExitCode> {
+    let mut command = exec::cargo([
+        "test",
+        "--release",
+        "--workspace",
+        "--test",
+        "it",
+        "--",
+        "fuzz::",
+        "--nocapture",
+    ]);
+    command.env("LORAD_TEST_FUZZ_S", seconds.to_string());
+    if let Some(seed) = seed {
+        command.env("LORAD_TEST_SEED", seed.to_string());
+    }
+    let ok = exec::stream(&mut command)?.ok;
+    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
 fn run(command: Command) -> Result<ExitCode> {
     let root = exec::repository_root()?;
     std::env::set_current_dir(&root).with_context(|| format!("enter {}", root.display()))?;
@@ -95,6 +134,8 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Golden { check } => golden::run(&root, check).map(|()| ExitCode::SUCCESS),
         Command::Bench { shapes, rounds } => bench::run(&root, &shapes, rounds).map(|()| ExitCode::SUCCESS),
+        Command::Schemathesis { cases, seed } => schemathesis::run(&root, cases, seed).map(|_| ExitCode::SUCCESS),
+        Command::Fuzz { seconds, seed } => fuzz(seconds, seed),
         Command::Tidy => tidy::print(&root),
         Command::Vendor => {
             let problems = vendor::check(&root);

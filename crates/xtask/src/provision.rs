@@ -82,6 +82,37 @@ pub(crate) fn oracle(root: &Path) -> Result<PathBuf> {
     Ok(python)
 }
 
+/// The program `st`, in a virtual environment beside the oracle's, installed first if needed.
+///
+/// # Errors
+/// If no Python 3.11 or newer with `venv` is found, or pip fails.
+pub(crate) fn schemathesis(root: &Path) -> Result<PathBuf> {
+    let requirements = root.join("tools/reference/schemathesis-requirements.txt");
+    let wanted = hex::encode(Sha256::digest(
+        fs::read(&requirements).with_context(|| format!("read {}", requirements.display()))?,
+    ));
+    let dir = oracle_dir()?.with_file_name("schemathesis");
+    let (program, stamp) = (dir.join("bin/st"), dir.join("lorad-requirements.sha256"));
+    if program.exists() && fs::read_to_string(&stamp).is_ok_and(|found| found == wanted) {
+        return Ok(program);
+    }
+    eprintln!("installing schemathesis into {} (once)", dir.display());
+    exec::must(Command::new(base_python()?).args(["-m", "venv"]).arg(&dir))
+        .context("make a virtual environment (Debian: apt-get install python3-venv)")?;
+    let install = || {
+        exec::must(
+            Command::new(dir.join("bin/python"))
+                .args(["-m", "pip", "install", "--quiet", "--retries", "5", "-r"])
+                .arg(&requirements),
+        )
+    };
+    install()
+        .or_else(|_| install())
+        .context("install tools/reference/schemathesis-requirements.txt")?;
+    fs::write(&stamp, wanted).with_context(|| format!("write {}", stamp.display()))?;
+    Ok(program)
+}
+
 fn oracle_dir() -> Result<PathBuf> {
     if let Some(dir) = std::env::var_os("LORAD_ORACLE_DIR") {
         return Ok(dir.into());

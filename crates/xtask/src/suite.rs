@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use crate::{
     docs, exec, provision,
     report::{self, Tally},
-    tidy, vendor,
+    schemathesis, tidy, vendor,
 };
 
 /// The parts of `cargo xtask test`, in the order in which they run.
@@ -24,6 +24,8 @@ pub(crate) enum PartName {
     Rust,
     /// The generated pages are current.
     Docs,
+    /// The HTTP API against its own description.
+    Api,
     /// The dashboard in a real browser.
     Browser,
     /// Only the trainer's interoperability tests with real Python tools (part of `rust`).
@@ -40,6 +42,7 @@ impl PartName {
             Self::Rules => "architecture rules",
             Self::Rust => "unit, integration and interoperability tests",
             Self::Docs => "generated pages",
+            Self::Api => "API against its description",
             Self::Browser => "browser tests",
             Self::Interop => "interoperability with Python tools",
             Self::Cuda => "CUDA type check",
@@ -66,6 +69,10 @@ impl PartName {
             Self::Docs => Ok(match docs::run(root, true) {
                 Ok(()) => Tally::check("docs", true),
                 Err(error) => Tally::check(&format!("docs: {error:#}"), false),
+            }),
+            Self::Api => Ok(match schemathesis::run(root, schemathesis::QUICK_CASES, 1) {
+                Ok(_) => Tally::check("schemathesis", true),
+                Err(error) => Tally::check(&format!("schemathesis: {error:#}"), false),
             }),
             Self::Browser => browser(root),
             Self::Interop => rust(root, &["--workspace", "--test", "interop"]),

@@ -1,0 +1,184 @@
+//! The HTTP API against its own description: schemathesis makes requests from `/openapi.json`, valid ones, invalid ones and
+//! chains of them, and none may be answered with 5xx.
+
+use std::{
+    fmt::Write as _,
+    fs,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::TcpStream,
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::LazyLock,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use regex::Regex;
+use serde_json::{Value, json};
+
+use crate::{exec, provision};
+
+/// Cases of the quick form.
+pub(crate) const QUICK_CASES: u64 = 400;
+/// Requests that each phase makes per operation in one round.
+const EXAMPLES_PER_ROUND: &str = "3";
+/// Where what a round may use lies: real ids, so that requests get past the lookup. `{id}` in paths.
+const REAL: [(&str, &str); 2] = [("models", "demo-icons"), ("families", "sd1")];
+
+/// A server on a data directory that goes with it.
+struct Server {
+    child: Child,
+    address: String,
+    dir: tempfile::TempDir,
+}
+
+impl Server {
+    fn start(root: &Path) -> Result<Self> {
+        exec::must(&mut exec::cargo([
+            "build",
+            "--release",
+            "--quiet",
+            "--workspace",
+            "--bins",
+        ]))?;
+        let dir = tempfile::tempdir().context("make a folder for the server")?;
+        let mut child = Command::new(exec::target_dir(root).join("release/lorad"))
+            .args(["serve", "--bind", "127.0.0.1:0"])
+            .env("LORAD_STORAGE__DATA_DIR", dir.path().join("data"))
+            .env("LORAD_LOG__FILTER", "error")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("start the server")?;
+        let stdout = child.stdout.take().context("the server's stdout is piped")?;
+        let mut url = String::new();
+        BufReader::new(stdout).read_line(&mut url)?;
+        let Some(address) = url.trim().strip_prefix("http://") else {
+            bail!("the server did not start: {url:?}");
+        };
+        Ok(Self {
+            address: address.to_owned(),
+            child,
+            dir,
+        })
+    }
+
+    /// A request and its JSON answer.
+    fn ask(&self, method: &str, path: &str, body: Option<&Value>) -> Result<Value> {
+        let body = body.map(Value::to_string).unwrap_or_default();
+        let mut stream = TcpStream::connect(&self.address)?;
+        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        write!(
+            stream,
+            "{method} {path} HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        )?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("no answer")?;
+        ensure!(head.contains(" 20"), "{method} {path}: {answer}");
+        serde_json::from_str(body).with_context(|| format!("{method} {path}: {body}"))
+    }
+
+    /// schemathesis' settings: the ids of things that are there.
+    fn write_settings(&self) -> Result<std::path::PathBuf> {
+        let mut job = self.ask("GET", "/demo", None)?;
+        job["hyperparameters"]["max_train_steps"] = json!(4);
+        job["hyperparameters"]["batch_size"] = json!(1);
+        job["sampling"] = json!({"prompts": []});
+        let job = self.ask("POST", "/jobs", Some(&job))?;
+        let datasets = self.ask("GET", "/datasets", None)?;
+        let id = |value: &Value| value["id"].as_str().unwrap_or_default().to_owned();
+        let made = [("jobs", id(&job)), ("datasets", id(&datasets["data"][0]))];
+        let known = REAL.map(|(what, id)| (what, id.to_owned()));
+        let mut text = String::new();
+        for (what, id) in made.into_iter().chain(known) {
+            writeln!(
+                text,
+                "[[operations]]\ninclude-path-regex = \"^/{what}/[{{]id[}}]\"\nparameters = {{ \"path.id\" = \"{id}\" }}"
+            )?;
+        }
+        let file = self.dir.path().join("schemathesis.toml");
+        fs::write(&file, text)?;
+        Ok(file)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may have ended by itself; either way it is waited for.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// Runs rounds, each with another seed, until `cases` requests were made. Every other round uses the ids of things that are
+/// there. How many requests were made.
+///
+/// # Errors
+/// If a request was answered with 5xx or not at all, with the seed that makes it again.
+pub(crate) fn run(root: &Path, cases: u64, first_seed: u64) -> Result<u64> {
+    let program = provision::schemathesis(root)?;
+    let mut server = Server::start(root)?;
+    let settings = server.write_settings()?;
+    let (mut done, mut seed) = (0, first_seed);
+    while done < cases {
+        let mut command = Command::new(&program);
+        if (seed - first_seed).is_multiple_of(2) {
+            command.arg("--config-file").arg(&settings);
+        }
+        command
+            .args([
+                "run",
+                "--no-color",
+                "--warnings",
+                "off",
+                "--checks",
+                "not_a_server_error",
+            ])
+            .args(["--continue-on-failure", "--request-timeout", "60"])
+            // An event stream ends when its job does; tests/it/viewers.rs has its cursors.
+            .args(["--exclude-path", "/jobs/{id}/events"])
+            .args(["--max-examples", EXAMPLES_PER_ROUND, "--seed", &seed.to_string()])
+            .arg(format!("http://{}/openapi.json", server.address))
+            .current_dir(server.dir.path());
+        let streamed = exec::stream(&mut command)?;
+        let n = generated(&streamed.stdout);
+        ensure!(
+            streamed.ok && n > 0 && server.child.try_wait()?.is_none(),
+            "schemathesis found a fault; again with `cargo xtask schemathesis --seed {seed}`"
+        );
+        done += n;
+        seed += 1;
+    }
+    println!(
+        "schemathesis: {done} requests, 0 answered with 5xx (seeds {first_seed} to {})",
+        seed - 1
+    );
+    Ok(done)
+}
+
+/// The number in `856 generated, 856 passed`.
+fn generated(stdout: &str) -> u64 {
+    #[expect(
+        clippy::expect_used,
+        reason = "invariant: a constant pattern, covered by the test below"
+    )]
+    static CASES: LazyLock<Regex> =
+        LazyLock::new(|| Regex::new(r"(\d+) generated").expect("invariant: a valid pattern"));
+    CASES
+        .captures(stdout)
+        .and_then(|found| found[1].parse().ok())
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_number_of_requests_is_read_and_silence_is_none() {
+        assert_eq!(generated("Test cases:\n  856 generated, 856 passed\n"), 856);
+        assert_eq!(generated("Error"), 0);
+    }
+}
