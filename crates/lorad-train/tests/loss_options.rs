@@ -1,5 +1,6 @@
 //! Fifty optimizer steps with each loss option against PyTorch: min-SNR, debiased estimation, noise offset, Huber and smooth
-//! L1 with their schedules, weighted (prior) samples, masks, and a schedule that ends without signal.
+//! L1 with their schedules, weighted (prior) samples, masks, and a schedule that ends without signal; and with adapters in the text
+//! encoder too.
 //!
 //! The reference is made by `tools/reference/make_golden.py` (part `losses`).
 

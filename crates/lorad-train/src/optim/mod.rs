@@ -295,7 +295,8 @@ impl Layout {
         self.vars
             .iter()
             .zip(self.views(flat)?)
-            .map(|((name, _), view)| Ok((format!("{name}.{kind}"), view.copy()?)))
+            // `copy` would clone all of the vector behind each view.
+            .map(|((name, _), view)| Ok((format!("{name}.{kind}"), view.force_contiguous()?)))
             .collect()
     }
 

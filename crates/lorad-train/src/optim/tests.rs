@@ -129,6 +129,30 @@ fn saved_and_loaded_state_of_every_optimizer_continues_bit_for_bit() {
     }
 }
 
+#[test]
+fn a_saved_state_holds_each_value_once() {
+    let golden = golden("adamw.safetensors");
+    for name in ["adamw", "lion", "adafactor", "prodigy", "sgd"] {
+        let config = config(&serde_json::json!({"optimizer": name}));
+        let mut optimizer = Optimizer::new(vars(&golden), config).unwrap();
+        optimizer.step(&flat(&golden, "grad.0"), 0.01).unwrap();
+        let ema = Ema::new(&optimizer, 0.9).unwrap();
+        let state = optimizer.state().unwrap();
+        for (key, tensor) in state.into_iter().chain(ema.state(&optimizer).unwrap()) {
+            let (storage, _) = tensor.storage_and_layout();
+            let candle_core::Storage::Cpu(storage) = &*storage else {
+                panic!("{key} is not on the CPU")
+            };
+            let held = match storage {
+                candle_core::CpuStorage::F32(values) => values.len(),
+                candle_core::CpuStorage::U32(values) => values.len(),
+                _ => panic!("{key} is {:?}", tensor.dtype()),
+            };
+            assert_eq!(held, tensor.elem_count(), "{name}: {key}");
+        }
+    }
+}
+
 /// As torch's parameter groups; Prodigy estimates a distance for each.
 #[test]
 fn tensors_with_a_factor_move_as_under_an_optimizer_of_their_own_and_their_state_goes_on() {

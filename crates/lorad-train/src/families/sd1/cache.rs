@@ -91,8 +91,8 @@ pub(super) fn encode(
                     data::to_tensor(&data::decode_as(&picture.bytes, &item)?, framing, device)?.unsqueeze(0)?;
                 let posterior = vae.encode(&pixels)?;
                 Ok(vec![
-                    posterior.mean.squeeze(0)?.copy()?,
-                    posterior.std.squeeze(0)?.copy()?,
+                    posterior.mean.squeeze(0)?.force_contiguous()?,
+                    posterior.std.squeeze(0)?.force_contiguous()?,
                 ])
             })?;
             let [mean, std] = <[Tensor; 2]>::try_from(found).map_err(|found| {

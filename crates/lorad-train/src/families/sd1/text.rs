@@ -196,8 +196,8 @@ impl TextEncoder {
             let ids: Vec<Vec<u32>> = batch.iter().map(|(_, ids)| ids.clone()).collect();
             let states = self.forward_ids(&ids)?.detach();
             for (i, (text, ids)) in batch.iter().enumerate() {
-                // A copy: a view would keep the whole batch.
-                let embedding = states.get(i)?.copy()?;
+                // Not a view and not `copy`: both keep the whole batch.
+                let embedding = states.get(i)?.force_contiguous()?;
                 cache.store(&key(ids), std::slice::from_ref(&embedding));
                 embeddings.insert((*text).clone(), embedding);
             }
