@@ -7,7 +7,9 @@
 
 CASES.json is a list of
     {"name": "...", "base": DIR, "results": DIR, "probe": FILE, "rank": 8, "alpha": 4.0,
-     "target_modules": ["to_q", ...], "merged": true}
+     "target_modules": ["to_q", ...], "sizes": {"mid_block.resnets.0.conv1": [2, 1.0]}, "merged": true}
+
+`rank` and `alpha` are those of most modules; `sizes` names the others.
 
 `results` holds `pytorch_lora_weights.safetensors`, one `*-kohya.safetensors`, one `*-peft.zip`, and with `merged` also
 `fine_tuned_model.zip`. `probe` is what lorad itself computed with the adapter that it exported: `sample`, `timesteps`,
@@ -43,7 +45,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipelines import GOLDEN, TARGETS, generator, load_pipeline, set_deterministic
+from pipelines import CONVOLUTIONS, GOLDEN, TARGETS, generator, load_pipeline, set_deterministic
 
 # Output of the UNet against lorad's, largest difference over largest value. Both are f32.
 OUTPUT_TOLERANCE = 1e-4
@@ -123,6 +125,7 @@ class Case:
         self.base, self.results = Path(spec["base"]), Path(spec["results"])
         self.rank, self.alpha = int(spec["rank"]), float(spec["alpha"])
         self.targets, self.merged = spec["target_modules"], bool(spec["merged"])
+        self.sizes = spec.get("sizes", {})
         self.scratch = scratch
         probe = load_file(spec["probe"])
         self.probe = {k: probe.pop(k) for k in ("sample", "timesteps", "encoder_hidden_states", "out")}
@@ -138,7 +141,7 @@ class Case:
             f"{block}.{child}"
             for block, t in unet.named_modules() if isinstance(t, Transformer2DModel)
             for child, m in t.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))
-        }
+        } | {n for n, _ in unet.named_modules() if n.endswith(tuple(f".{c}" for c in CONVOLUTIONS))}
 
     def one_file(self, pattern: str) -> Path:
         found = list(self.results.glob(pattern))
@@ -160,10 +163,15 @@ class Case:
         with torch.no_grad():
             return unet(p["sample"].to(dtype), p["timesteps"], p["encoder_hidden_states"].to(dtype)).sample
 
+    def size(self, module: str) -> tuple[int, float]:
+        """Rank and alpha."""
+        return tuple(self.sizes.get(module, (self.rank, self.alpha)))
+
     def delta(self, module: str) -> torch.Tensor:
         """ΔW of the adapter that lorad trained, flattened to two dimensions."""
         a, b = (self.adapter[f"unet.{module}.lora_{x}.weight"].double().flatten(1) for x in "AB")
-        return self.alpha / self.rank * (b @ a)
+        rank, alpha = self.size(module)
+        return alpha / rank * (b @ a)
 
     def check_probe(self) -> str:
         """The probe itself: complete, and with an adapter that changes the output."""
@@ -171,7 +179,8 @@ class Case:
         require_same_keys("adapter tensors against the UNet's target modules", self.adapter, names)
         for n, t in self.adapter.items():
             require(bool(torch.isfinite(t).all()) and t.abs().max() > 0, f"{n} is zero or not finite")
-            require(t.shape[0 if ".lora_A." in n else 1] == self.rank, f"{n}: shape {tuple(t.shape)} is not of rank {self.rank}")
+            rank = self.size(n.removeprefix("unet.").rsplit(".lora_", 1)[0])[0]
+            require(t.shape[0 if ".lora_A." in n else 1] == rank, f"{n}: shape {tuple(t.shape)} is not of rank {rank}")
         moved = relative_error(self.base_out, self.probe["out"])
         require(moved > 10 * OUTPUT_TOLERANCE, f"the adapter changes the output by {moved:.1e} only: nothing could be told from it")
         return f"{len(self.modules)} modules, rank {self.rank}, alpha {self.alpha:g}, output moved by {moved:.2e}"
@@ -211,7 +220,8 @@ class Case:
             config = json.loads(meta["lora_adapter_metadata"])
             require(all(k.startswith("unet.") for k in config), f"lora_adapter_metadata keys without `unet.`: {some(config)}")
             LoraConfig(**{k.removeprefix("unet."): v for k, v in config.items()})
-            require(config.get("unet.r") == self.rank, f"lora_adapter_metadata says r = {config.get('unet.r')}")
+            rank = max(self.size(m)[0] for m in self.modules)  # smaller ones are filled up with zeros
+            require(config.get("unet.r") == rank, f"lora_adapter_metadata says r = {config.get('unet.r')}")
         self.check_shared_metadata(meta, "diffusers file")
         return f"{len(keys)} tensors, {len(meta)} metadata entries"
 

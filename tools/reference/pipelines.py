@@ -35,6 +35,9 @@ TARGETS = {
     "transformer": ["ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "to_k", "to_out.0", "to_q", "to_v"],
 }
 
+# What `conv_rank` adapts.
+CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
+
 
 def set_deterministic(seed: int) -> None:
     """One thread and deterministic kernels: the same numbers on every run."""

@@ -26,10 +26,13 @@ use lorad_train::{
         self,
         sd1::{unet::UNet2DConditionModel, weights::BaseFolder},
     },
-    lora::{Adapter, AdapterSet},
+    lora::{
+        Adapter, AdapterSet,
+        target::{CONVOLUTIONS, is_convolution},
+    },
     task::Reporter,
 };
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 #[global_allocator]
@@ -49,17 +52,38 @@ struct Case {
     preset: &'static str,
     rank: usize,
     alpha: f64,
+    /// Rank and alpha of convolutions, where they are adapted.
+    conv: Option<(usize, f64)>,
     merged: bool,
 }
 
+impl Case {
+    fn alpha_of(&self, module: &str) -> f64 {
+        match self.conv {
+            Some((_, alpha)) if is_convolution(module) => alpha,
+            _ => self.alpha,
+        }
+    }
+}
+
 /// alpha differs from rank in all: a format that loses it gives another output.
-const CASES: [Case; 4] = [
+const CASES: [Case; 5] = [
     Case {
         name: "tiny-sd1-transformer",
         base: "tiny-sd1",
         preset: "transformer",
         rank: 4,
         alpha: 2.0,
+        conv: None,
+        merged: true,
+    },
+    Case {
+        name: "tiny-sd1-conv",
+        base: "tiny-sd1",
+        preset: "attention",
+        rank: 3,
+        alpha: 6.0,
+        conv: Some((4, 2.0)),
         merged: true,
     },
     Case {
@@ -68,6 +92,7 @@ const CASES: [Case; 4] = [
         preset: "attention",
         rank: 3,
         alpha: 6.0,
+        conv: None,
         merged: true,
     },
     Case {
@@ -76,6 +101,7 @@ const CASES: [Case; 4] = [
         preset: "attention",
         rank: 8,
         alpha: 4.0,
+        conv: None,
         merged: true,
     },
     Case {
@@ -84,6 +110,7 @@ const CASES: [Case; 4] = [
         preset: "transformer",
         rank: 4,
         alpha: 8.0,
+        conv: None,
         merged: false,
     },
 ];
@@ -161,19 +188,28 @@ fn train_and_probe(case: &Case, dir: &Path) -> Value {
 
     let checkpoint = dir.join(format!("checkpoints/{STEPS:08}/adapter.safetensors"));
     let tensors = candle_core::safetensors::load(&checkpoint, &Device::Cpu).unwrap();
+    let sizes: Map<String, Value> = tensors
+        .keys()
+        .filter_map(|name| name.strip_prefix("unet.")?.strip_suffix(".lora_A.weight"))
+        .filter(|module| is_convolution(module))
+        .map(|module| (module.to_owned(), json!(case.conv)))
+        .collect();
     let probe = dir.join("probe.safetensors");
     candle_core::safetensors::save(&probe_tensors(case, &base, tensors), &probe).unwrap();
     json!({
         "name": case.name, "base": base, "results": dir.join("results"), "probe": probe, "rank": case.rank,
-        "alpha": case.alpha, "target_modules": peft_targets(case.preset), "merged": case.merged,
+        "alpha": case.alpha, "target_modules": peft_targets(case), "sizes": sizes, "merged": case.merged,
     })
 }
 
-/// The presets as PEFT spells them (`tools/reference/pipelines.py`).
-fn peft_targets(preset: &str) -> Vec<&'static str> {
+/// What is adapted, as PEFT spells it (`tools/reference/pipelines.py`).
+fn peft_targets(case: &Case) -> Vec<&'static str> {
     let mut targets = vec!["to_q", "to_k", "to_v", "to_out.0"];
-    if preset == "transformer" {
+    if case.preset == "transformer" {
         targets.extend(["ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]);
+    }
+    if case.conv.is_some() {
+        targets.extend(CONVOLUTIONS);
     }
     targets
 }
@@ -191,12 +227,11 @@ fn probe_tensors(case: &Case, base: &Path, adapter: HashMap<String, Tensor>) -> 
         if let Some(module) = name.strip_suffix(".lora_A.weight") {
             set.modules.insert(
                 module.to_owned(),
-                Adapter {
-                    a: Var::from_tensor(tensor).unwrap(),
-                    b: Var::from_tensor(&adapter[&format!("{module}.lora_B.weight")]).unwrap(),
-                    rank: case.rank,
-                    alpha: case.alpha,
-                },
+                Adapter::new(
+                    Var::from_tensor(tensor).unwrap(),
+                    Var::from_tensor(&adapter[&format!("{module}.lora_B.weight")]).unwrap(),
+                    case.alpha_of(module),
+                ),
             );
         }
     }
@@ -220,10 +255,14 @@ fn probe_tensors(case: &Case, base: &Path, adapter: HashMap<String, Tensor>) -> 
 fn spec(case: &Case, base: &Path, dir: &Path) -> AttemptSpec {
     let family = families::by_id("sd1").unwrap();
     let info = families::inspect_base(base).unwrap();
-    let given = json!({
+    let mut given = json!({
         "lora_rank": case.rank, "lora_alpha": case.alpha, "target_modules": case.preset, "learning_rate": LEARNING_RATE,
         "max_train_steps": STEPS, "batch_size": 2, "checkpoint_every_steps": STEPS, "seed": 5,
     });
+    if let Some((rank, alpha)) = case.conv {
+        given["conv_rank"] = json!(rank);
+        given["conv_alpha"] = json!(alpha);
+    }
     let hyperparameters = family.resolve(&info, given.as_object().unwrap()).unwrap();
     AttemptSpec {
         protocol: PROTOCOL_VERSION,

@@ -5,6 +5,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
+#[path = "support/adapter_curves.rs"]
+mod adapter_curves;
 #[allow(dead_code)]
 mod support;
 
@@ -47,7 +49,7 @@ struct Curve {
     grad_norm: Vec<f64>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 struct Options {
     #[serde(flatten)]
     loss: LossConfig,
@@ -113,17 +115,7 @@ fn follow(pipeline: &str, name: &str, file: &File, curve: &Curve, inputs: &Tenso
     }
     let adapters = adapters(file, initial);
     let unet = UNet2DConditionModel::load(&base, &Device::Cpu, &adapters).unwrap();
-    let config = StepConfig {
-        optimizer: OptimizerConfig::AdamW(AdamWConfig {
-            beta1: 0.9,
-            beta2: 0.999,
-            epsilon: 1e-8,
-            weight_decay: 1e-2,
-        }),
-        max_grad_norm: file.max_grad_norm,
-        l2_lambda: 0.0,
-    };
-    let mut stepper = Stepper::new(&adapters, config).unwrap();
+    let mut stepper = Stepper::new(&adapters, step_config(file.max_grad_norm)).unwrap();
     let mut worst = (0.0_f64, 0.0_f64);
     for step in 0..curve.loss.len() {
         let batch = batch(&curve.options, inputs, step);
@@ -146,6 +138,19 @@ fn follow(pipeline: &str, name: &str, file: &File, curve: &Curve, inputs: &Tenso
             .max(close("grad_norm", outcome.grad_norm, curve.grad_norm[step]));
     }
     worst
+}
+
+fn step_config(max_grad_norm: f64) -> StepConfig {
+    StepConfig {
+        optimizer: OptimizerConfig::AdamW(AdamWConfig {
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 1e-2,
+        }),
+        max_grad_norm,
+        l2_lambda: 0.0,
+    }
 }
 
 fn batch(options: &Options, inputs: &Tensors, step: usize) -> DenoisingBatch {
@@ -182,12 +187,8 @@ fn adapters(file: &File, initial: &Tensors) -> AdapterSet {
         } else {
             initial[&format!("{path}.to_q.lora_A.weight")].dim(1).unwrap()
         };
-        let adapter = Adapter {
-            a: Var::from_tensor(a).unwrap(),
-            b: Var::zeros((out, file.rank), DType::F32, &Device::Cpu).unwrap(),
-            rank: file.rank,
-            alpha: file.alpha,
-        };
+        let b = Var::zeros((out, file.rank), DType::F32, &Device::Cpu).unwrap();
+        let adapter = Adapter::new(Var::from_tensor(a).unwrap(), b, file.alpha);
         set.modules.insert(module.to_owned(), adapter);
     }
     assert!(set.modules.len() > 20);

@@ -137,6 +137,7 @@ fn no_setting_is_decoration() {
     let prodigy = json!({"optimizer": "prodigy", "learning_rate": 0.5});
     let restarts = json!({"lr_scheduler": "cosine_with_restarts"});
     let polynomial = json!({"lr_scheduler": "polynomial"});
+    let conv = json!({"conv_rank": 2});
     let none = json!({});
     // The setting, what it needs to have an effect, its other value.
     let changes: Vec<(&str, &Value, Value)> = vec![
@@ -149,6 +150,8 @@ fn no_setting_is_decoration() {
         ("use_rslora", &none, json!(true)),
         ("init_lora_weights", &none, json!("kaiming_uniform")),
         ("target_modules", &none, json!(["to_q"])),
+        ("conv_rank", &none, json!(2)),
+        ("conv_alpha", &conv, json!(1.0)),
         ("resolution", &none, json!(32)),
         ("center_crop", &none, json!(true)),
         ("random_flip", &none, json!(true)),

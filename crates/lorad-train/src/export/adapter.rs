@@ -12,27 +12,42 @@ use crate::{Result, lora::AdapterSet};
 pub(super) struct Factors {
     pub(super) a: Host,
     pub(super) b: Host,
+    pub(super) alpha: f64,
 }
 
-/// A copy of an [`AdapterSet`] of one rank and alpha, keyed by module path (`unet.…`).
+impl Factors {
+    pub(super) fn rank(&self) -> usize {
+        self.a.shape.first().copied().unwrap_or(0)
+    }
+
+    /// `alpha / rank`.
+    pub(super) fn scale(&self) -> f64 {
+        self.alpha / self.rank() as f64
+    }
+
+    /// `scale · B·A`, row by row.
+    pub(super) fn delta(&self) -> Vec<f64> {
+        delta(&self.a, &self.b, self.scale())
+    }
+}
+
+/// A copy of an [`AdapterSet`], keyed by module path (`unet.…`).
 #[derive(Debug, Clone)]
 pub(super) struct HostAdapter {
+    /// The rank of most modules.
     pub(super) rank: usize,
+    /// The alpha of most modules.
     pub(super) alpha: f64,
     pub(super) modules: BTreeMap<String, Factors>,
 }
 
 impl HostAdapter {
     pub(super) fn copy(adapters: &AdapterSet) -> Result<Self> {
-        let refused =
-            |detail: String| Problem::new("export.unsupported_adapter", "The adapter cannot be exported", detail);
-        let mut ranks = adapters.modules.values().map(|m| (m.rank, m.alpha));
-        let Some((rank, alpha)) = ranks.next() else {
-            return Err(refused("It has no modules.".to_owned()).into());
-        };
-        if ranks.any(|other| other != (rank, alpha)) {
-            return Err(refused(
-                "Its modules differ in rank or alpha; the formats written here hold one of each.".to_owned(),
+        if adapters.modules.is_empty() {
+            return Err(Problem::new(
+                "export.unsupported_adapter",
+                "The adapter cannot be exported",
+                "It has no modules.",
             )
             .into());
         }
@@ -41,6 +56,7 @@ impl HostAdapter {
             let factors = Factors {
                 a: Host::from_tensor(module.a.as_tensor())?,
                 b: Host::from_tensor(module.b.as_tensor())?,
+                alpha: module.alpha,
             };
             if factors.a.values.iter().chain(&factors.b.values).any(|v| !v.is_finite()) {
                 return Err(Problem::new(
@@ -53,13 +69,32 @@ impl HostAdapter {
             }
             modules.insert(path.clone(), factors);
         }
-        Ok(Self { rank, alpha, modules })
+        Ok(Self {
+            rank: most_frequent(modules.values().map(Factors::rank)),
+            alpha: most_frequent(modules.values().map(|f| f.alpha)),
+            modules,
+        })
     }
 
-    /// `alpha / rank`.
-    pub(super) fn scale(&self) -> f64 {
-        self.alpha / self.rank as f64
+    /// The largest rank.
+    pub(super) fn max_rank(&self) -> usize {
+        self.modules.values().map(Factors::rank).max().unwrap_or(0)
     }
+}
+
+/// The first of those that come most often.
+fn most_frequent<T: Copy + PartialEq + Default>(values: impl Iterator<Item = T> + Clone) -> T {
+    let count = |value: T| values.clone().filter(|other| *other == value).count();
+    let mut best = (T::default(), 0);
+    for value in values.clone() {
+        if value != best.0 || best.1 == 0 {
+            let n = count(value);
+            if n > best.1 {
+                best = (value, n);
+            }
+        }
+    }
+    best.0
 }
 
 /// `scale · B·A`, row by row, in f64. `b`: (out, rank, …1); `a`: (rank, in…).

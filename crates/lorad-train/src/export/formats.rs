@@ -5,10 +5,10 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{
-    adapter::{HostAdapter, delta},
+    adapter::{Factors, HostAdapter, delta},
     tensors::{Host, TensorFile},
 };
 
@@ -30,24 +30,27 @@ fn inner(module: &str) -> &str {
 
 /// `pytorch_lora_weights.safetensors`.
 ///
-/// The scale `alpha / rank` is folded into B, and the header says alpha = rank. So readers that know
-/// `lora_adapter_metadata` (diffusers >= 0.34) and those that assume alpha = rank get the same ΔW.
+/// The scale `alpha / rank` is folded into B, modules of a smaller rank are filled up with zeros, and the header says
+/// alpha = rank. So readers that know `lora_adapter_metadata` (diffusers >= 0.34), those that assume each module's alpha = rank
+/// and those that assume one alpha for all get the same ΔW.
 ///
 /// # Source
 /// diffusers v0.42.1 `loaders/lora_base.py` (`LORA_ADAPTER_METADATA_KEY`, `_pack_dict_with_prefix`), `loaders/peft.py`.
 pub(super) fn diffusers(adapter: &HostAdapter) -> TensorFile {
     let mut file = TensorFile::default();
+    let rank = adapter.max_rank();
     for (module, factors) in &adapter.modules {
+        let (a, b) = (&factors.a, factors.b.scaled(factors.scale()));
         file.tensors
-            .insert(format!("{module}.lora_A.weight"), factors.a.clone());
+            .insert(format!("{module}.lora_A.weight"), a.padded(0, rank));
         file.tensors
-            .insert(format!("{module}.lora_B.weight"), factors.b.scaled(adapter.scale()));
+            .insert(format!("{module}.lora_B.weight"), b.padded(1, rank));
     }
     let mut config = BTreeMap::new();
     for module in adapter.modules.keys() {
         let root = module.split('.').next().unwrap_or_default();
-        config.insert(format!("{root}.r"), json!(adapter.rank));
-        config.insert(format!("{root}.lora_alpha"), json!(adapter.rank));
+        config.insert(format!("{root}.r"), json!(rank));
+        config.insert(format!("{root}.lora_alpha"), json!(rank));
         let targets = config
             .entry(format!("{root}.target_modules"))
             .or_insert_with(|| json!([]));
@@ -86,18 +89,34 @@ pub(super) fn peft(adapter: &HostAdapter) -> TensorFile {
 /// `adapter_config.json`. Target modules are whole paths, so that nothing else can match.
 pub(super) fn peft_config(adapter: &HostAdapter, base_model: &str, init: &Value) -> Value {
     let targets: Vec<&str> = adapter.modules.keys().map(|m| inner(m)).collect();
+    let others = |differs: &dyn Fn(&Factors) -> Option<Value>| -> Map<String, Value> {
+        let found = adapter
+            .modules
+            .iter()
+            .filter_map(|(m, f)| Some((inner(m).to_owned(), differs(f)?)));
+        found.collect()
+    };
+    let rank_pattern = others(&|f| (f.rank() != adapter.rank).then(|| json!(f.rank())));
+    let alpha_pattern = others(&|f| (f.alpha != adapter.alpha).then(|| number(f.alpha)));
     json!({
         "peft_type": "LORA", "task_type": null, "base_model_name_or_path": base_model, "inference_mode": true,
         "r": adapter.rank, "lora_alpha": number(adapter.alpha), "lora_dropout": 0.0, "bias": "none",
         "fan_in_fan_out": false, "use_rslora": false, "use_dora": false, "modules_to_save": null,
-        "init_lora_weights": init, "target_modules": targets,
+        "init_lora_weights": init, "target_modules": targets, "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
     })
 }
 
 /// ΔW by module from a PEFT file and its config.
 pub(super) fn read_peft(file: &TensorFile, config: &Value) -> BTreeMap<String, Vec<f64>> {
-    let scale = config["lora_alpha"].as_f64().unwrap_or(f64::NAN) / config["r"].as_f64().unwrap_or(f64::NAN);
-    read_pairs(file, "base_model.model.", ".lora_A.weight", ".lora_B.weight", |_| scale)
+    let of = |name: &str, pattern: &str, all: &str| {
+        let value = config[pattern]
+            .get(name.trim_start_matches("base_model.model."))
+            .unwrap_or(&config[all]);
+        value.as_f64().unwrap_or(f64::NAN)
+    };
+    let scale = |name: &str| of(name, "alpha_pattern", "lora_alpha") / of(name, "rank_pattern", "r");
+    read_pairs(file, "base_model.model.", ".lora_A.weight", ".lora_B.weight", scale)
         .into_iter()
         .map(|(module, delta)| (format!("unet.{module}"), delta))
         .collect()
@@ -131,7 +150,7 @@ pub(super) fn kohya(adapter: &HostAdapter, metadata: BTreeMap<String, String>) -
             .insert(format!("{name}.lora_down.weight"), factors.a.clone());
         file.tensors.insert(format!("{name}.lora_up.weight"), factors.b.clone());
         file.tensors
-            .insert(format!("{name}.alpha"), Host::scalar(adapter.alpha as f32));
+            .insert(format!("{name}.alpha"), Host::scalar(factors.alpha as f32));
     }
     file
 }

@@ -17,7 +17,7 @@ use walkdir::WalkDir;
 use zip::ZipWriter;
 
 use super::{
-    adapter::{HostAdapter, delta, relative_error},
+    adapter::{HostAdapter, relative_error},
     zip_error, zip_options,
 };
 use crate::{Result, TrainError};
@@ -160,7 +160,7 @@ fn merge_weights(from: &Path, out: &mut impl Write, adapter: &HostAdapter, merge
         file.read_exact(&mut bytes).map_err(TrainError::io("read", from))?;
         let module = stored.key.strip_suffix(".weight").map(|m| format!("unet.{m}"));
         if let Some((module, factors)) = module.and_then(|m| adapter.modules.get(&m).map(|f| (m, f))) {
-            let delta = delta(&factors.a, &factors.b, adapter.scale());
+            let delta = factors.delta();
             if delta.len() != stored.shape.iter().product::<usize>() {
                 return Err(unreadable(
                     from,
@@ -209,11 +209,7 @@ pub(super) fn reread(name: &str, entry: &mut impl Read, base: &Path, adapter: &H
             continue;
         };
         let (after, before) = (decode(&after, &stored.dtype), decode(&before, &original.dtype));
-        let expected: Vec<f64> = before
-            .iter()
-            .zip(delta(&factors.a, &factors.b, adapter.scale()))
-            .map(|(w, d)| w + d)
-            .collect();
+        let expected: Vec<f64> = before.iter().zip(factors.delta()).map(|(w, d)| w + d).collect();
         let error = relative_error(&after, &expected);
         if error > rounding(&stored.dtype) {
             return Err(differs(name, &format!("{} differs from W + ΔW by {error:.1e}", stored.key)).into());

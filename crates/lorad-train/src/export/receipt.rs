@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use zip::ZipArchive;
 
 use super::{
-    adapter::{HostAdapter, delta, relative_error},
+    adapter::{HostAdapter, relative_error},
     formats,
     merged::{self, Merged},
     tensors::TensorFile,
@@ -176,7 +176,7 @@ fn compare(
     }
     let mut worst = 0.0_f64;
     for (module, factors) in &adapter.modules {
-        let error = relative_error(&found[&name(module)], &delta(&factors.a, &factors.b, adapter.scale()));
+        let error = relative_error(&found[&name(module)], &factors.delta());
         // Infinite where a value is not a number.
         if error > MAX_RELATIVE_ERROR {
             return Err(wrong(file, &format!("ΔW of {module} differs by {error:.1e} relative")).into());

@@ -24,12 +24,7 @@ fn adapters() -> AdapterSet {
         (LINEAR, vec![2, 3], vec![2, 2]),
         (CONV, vec![2, 3, 1, 1], vec![2, 2, 1, 1]),
     ] {
-        let adapter = Adapter {
-            a: var(&a, &a_shape),
-            b: var(&b, &b_shape),
-            rank: 2,
-            alpha: 3.0,
-        };
+        let adapter = Adapter::new(var(&a, &a_shape), var(&b, &b_shape), 3.0);
         set.modules.insert(module.to_owned(), adapter);
     }
     set

@@ -45,12 +45,11 @@ pub fn fresh(
                 .collect()
         }
     };
-    Ok(Adapter {
-        a: Var::from_tensor(&Tensor::from_vec(values, a_shape, device)?)?,
-        b: Var::zeros(b_shape, candle_core::DType::F32, device)?,
-        rank,
+    Ok(Adapter::new(
+        Var::from_tensor(&Tensor::from_vec(values, a_shape, device)?)?,
+        Var::zeros(b_shape, candle_core::DType::F32, device)?,
         alpha,
-    })
+    ))
 }
 
 #[cfg(test)]

@@ -35,6 +35,30 @@ const PRESETS: [(&str, &[&str]); 2] = [
     ),
 ];
 
+/// Endings of the convolutions that `conv_rank` adapts: those of residual blocks and between levels, not the first and last.
+///
+/// # Source
+/// kohya-ss/sd-scripts `networks/lora.py` (`UNET_TARGET_REPLACE_MODULE_CONV2D_3X3`) and LyCORIS, less the linear layer of the
+/// time embedding.
+pub const CONVOLUTIONS: [&str; 5] = [
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+];
+
+/// Whether `conv_rank`, not `target_modules`, decides about the module at `path`.
+pub fn is_convolution(path: &str) -> bool {
+    CONVOLUTIONS.iter().any(|suffix| ends_with(path, suffix))
+}
+
+/// Whether the last parts of `path` are `suffix`.
+fn ends_with(path: &str, suffix: &str) -> bool {
+    path.strip_suffix(suffix)
+        .is_some_and(|head| head.is_empty() || head.ends_with('.'))
+}
+
 impl TargetModules {
     /// Reads a preset's name, a list of suffixes, or a pattern.
     ///
@@ -73,19 +97,15 @@ impl TargetModules {
     pub fn select(&self, modules: &[AdaptableModule]) -> Result<Vec<AdaptableModule>, Vec<String>> {
         match self {
             Self::Suffixes(suffixes) => {
-                let matches = |suffix: &str, path: &str| {
-                    path.strip_suffix(suffix)
-                        .is_some_and(|head| head.is_empty() || head.ends_with('.'))
-                };
                 let lost: Vec<String> = suffixes
                     .iter()
-                    .filter(|s| !modules.iter().any(|m| matches(s, &m.path)))
+                    .filter(|s| !modules.iter().any(|m| ends_with(&m.path, s)))
                     .map(|s| format!("{s:?} matches no module; there are {}", names(modules)))
                     .collect();
                 if lost.is_empty() {
                     Ok(modules
                         .iter()
-                        .filter(|m| suffixes.iter().any(|s| matches(s, &m.path)))
+                        .filter(|m| suffixes.iter().any(|s| ends_with(&m.path, s)))
                         .cloned()
                         .collect())
                 } else {

@@ -5,11 +5,11 @@ use lorad_proto::problem::FieldError;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use super::adapters::AdapterSettings;
 use crate::{
     data::{self, DataConfig},
     diffusion::loss::{self, LossConfig},
     diffusion::schedule::PredictionType,
-    lora::init::LoraInit,
     ops::WeightType,
     optim,
     schema::{Field, Group, Kind, field, not_negative, positive},
@@ -115,6 +115,22 @@ static FIELDS: &[Field] = &[
         "Which layers get an adapter: the preset attention (to_q, to_k, to_v, to_out.0) or transformer (also the MLPs and projections), a list of last path parts, or a pattern for whole paths.",
     ),
     field(
+        "conv_rank",
+        Kind::Integer { min: 0, max: 1024 },
+        "0",
+        "",
+        Advanced,
+        "Rank of adapters on the convolutions of the UNet's residual blocks and between its levels (LoCon); 0: they get none.",
+    ),
+    field(
+        "conv_alpha",
+        positive(4096.0),
+        "null",
+        "",
+        Advanced,
+        "The output of adapters on convolutions is scaled by conv_alpha / conv_rank; conv_rank if not given.",
+    ),
+    field(
         "resolution",
         Kind::Integer { min: 8, max: 4096 },
         "null",
@@ -214,11 +230,6 @@ static FIELDS: &[Field] = &[
 /// The resolved settings that the task reads; the loop reads its own.
 #[derive(Debug, Clone, Deserialize)]
 pub(super) struct Settings {
-    pub(super) lora_rank: usize,
-    lora_alpha: f64,
-    use_rslora: bool,
-    pub(super) init_lora_weights: LoraInit,
-    pub(super) target_modules: Value,
     pub(super) resolution: u32,
     pub(super) center_crop: bool,
     pub(super) random_flip: bool,
@@ -237,20 +248,8 @@ pub(super) struct Settings {
     pub(super) loss: LossConfig,
     #[serde(flatten)]
     pub(super) data: DataConfig,
-}
-
-impl Settings {
-    /// The alpha whose `alpha / rank` is the adapter's scale.
-    ///
-    /// # Source
-    /// Kalajdzievski 2023 for rank-stabilised scaling: `lora_alpha / √rank`.
-    pub(super) fn effective_alpha(&self) -> f64 {
-        if self.use_rslora {
-            self.lora_alpha * (self.lora_rank as f64).sqrt()
-        } else {
-            self.lora_alpha
-        }
-    }
+    #[serde(flatten)]
+    pub(super) adapters: AdapterSettings,
 }
 
 /// `mixed_precision`.
@@ -353,6 +352,7 @@ pub(super) fn resolve(base: BaseFacts<'_>, given: &Map<String, Value>) -> Result
             ));
         }
     }
+    errors.extend(super::adapters::contradictions(given));
     errors.extend(data::contradictions(given, base.resolution, base.multiple));
     errors.extend(optim::fields::contradictions(given));
     errors.extend(validation::contradictions(given));
@@ -376,6 +376,9 @@ pub(super) fn resolve(base: BaseFacts<'_>, given: &Map<String, Value>) -> Result
     data::fill_defaults(&mut map, base.multiple);
     if map["lora_alpha"].is_null() {
         map["lora_alpha"] = json!(map["lora_rank"].as_f64());
+    }
+    if map["conv_alpha"].is_null() && map["conv_rank"] != 0 {
+        map["conv_alpha"] = json!(map["conv_rank"].as_f64());
     }
     if map["prediction_type"] == "auto" {
         map["prediction_type"] = json!(base.prediction_type);
@@ -427,6 +430,7 @@ mod tests {
             open,
             [
                 "max_train_steps",
+                "conv_alpha",
                 "caption_prefix",
                 "caption_suffix",
                 "trigger_word",
@@ -439,16 +443,6 @@ mod tests {
         );
         let map = resolved(&json!({"max_train_steps": 7, "lora_alpha": 2})).unwrap();
         assert_eq!((&map["lora_alpha"], &map["num_epochs"]), (&json!(2.0), &Value::Null));
-    }
-
-    #[test]
-    fn rank_stabilised_scaling_divides_by_the_root_of_the_rank() {
-        let scale = |use_rslora: bool| {
-            let map = resolved(&json!({"lora_rank": 16, "lora_alpha": 8, "use_rslora": use_rslora})).unwrap();
-            let settings: Settings = serde_json::from_value(map.into()).unwrap();
-            settings.effective_alpha() / 16.0
-        };
-        assert_eq!([scale(false), scale(true)], [0.5, 2.0]);
     }
 
     #[test]

@@ -27,7 +27,7 @@ use crate::{
     data::{self, TensorCache},
     diffusion::{ddim::Ddim, loss::LossConfig, sample::sample_latents, schedule::NoiseSchedule},
     export::{self, BaseTraits, ExportJob},
-    lora::{AdapterSet, init},
+    lora::AdapterSet,
     rng::{Purpose, Stream},
     task::{ExportContext, MicroBatch, Prompt, Reporter, Task},
     validation::{self, Validation},
@@ -187,7 +187,7 @@ impl Sd1Task {
         let (items, held_out) = split(items, &held);
         let vae = (!sampling.prompts.is_empty()).then(|| vae.without_encoder());
 
-        let adapters = fresh_adapters(&base, &settings, device)?;
+        let adapters = settings.adapters.fresh(&base, settings.seed, device)?;
         let dtype = settings.mixed_precision.weight_type();
         let unet = UNet2DConditionModel::load_as(&base, device, &adapters, dtype)?;
         let batch = settings.batch_size as u64;
@@ -369,25 +369,6 @@ fn stack_masks(masks: &[Option<&Tensor>]) -> candle_core::Result<Option<Tensor>>
     let one = like.ones_like()?;
     let all: Vec<&Tensor> = masks.iter().map(|mask| mask.unwrap_or(&one)).collect();
     Tensor::stack(&all, 0).map(Some)
-}
-
-/// Adapters at their start for the modules that the settings choose.
-fn fresh_adapters(base: &BaseFolder, settings: &Settings, device: &Device) -> Result<AdapterSet> {
-    let mut adapters = AdapterSet::default();
-    for module in super::selected_modules(base, &settings.target_modules)? {
-        let path = format!("unet.{}", module.path);
-        let adapter = init::fresh(
-            &path,
-            module.kind,
-            settings.lora_rank,
-            settings.effective_alpha(),
-            settings.init_lora_weights,
-            settings.seed,
-            device,
-        )?;
-        adapters.modules.insert(path, adapter);
-    }
-    Ok(adapters)
 }
 
 /// A hash of the names, shapes and lengths of the base's tensors and of a few values of each: enough to notice that another

@@ -7,7 +7,7 @@ use candle_core::{Result, Tensor, bail};
 use super::transformer::{Transformer2D, TransformerSizes};
 use crate::{
     families::sd1::resnet::{ResnetBlock, ResnetSizes},
-    nn::{Conv2d, Params},
+    nn::{LoraConv2d, Params},
     ops::{self, Conv2dPlus, ConvGeometry},
 };
 
@@ -74,7 +74,7 @@ impl Layer {
 #[derive(Debug)]
 pub(super) struct DownBlock {
     layers: Vec<Arc<Layer>>,
-    downsampler: Option<Conv2d>,
+    downsampler: Option<LoraConv2d>,
 }
 
 impl DownBlock {
@@ -93,7 +93,7 @@ impl DownBlock {
                 Layer::load(params, j, ResnetSizes { input, ..resnet }, transformer)
             })
             .collect::<Result<_>>()?;
-        let conv = || Conv2d::load(&params.at("downsamplers.0.conv"), c, c, ConvGeometry::new(3, 2, 1));
+        let conv = || LoraConv2d::load(&params.at("downsamplers.0.conv"), c, c, ConvGeometry::new(3, 2, 1));
         Ok(Self {
             layers,
             downsampler: downsample.then(conv).transpose()?,
@@ -139,7 +139,7 @@ impl MidBlock {
 #[derive(Debug)]
 pub(super) struct UpBlock {
     layers: Vec<Arc<Layer>>,
-    upsampler: Option<Conv2d>,
+    upsampler: Option<LoraConv2d>,
 }
 
 impl UpBlock {
@@ -161,7 +161,7 @@ impl UpBlock {
                 Layer::load(params, j, ResnetSizes { input, ..resnet }, transformer)
             })
             .collect::<Result<_>>()?;
-        let conv = || Conv2d::load(&params.at("upsamplers.0.conv"), c, c, ConvGeometry::new(3, 1, 1));
+        let conv = || LoraConv2d::load(&params.at("upsamplers.0.conv"), c, c, ConvGeometry::new(3, 1, 1));
         Ok(Self {
             layers,
             upsampler: upsample.then(conv).transpose()?,

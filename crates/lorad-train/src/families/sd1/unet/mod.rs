@@ -40,8 +40,8 @@ pub struct UNet2DConditionModel {
     conv_out: Conv2d,
     downscale: usize,
     switch: AdapterSwitch,
-    /// A and B of every adapter.
-    adapters: Vec<(Var, Var)>,
+    /// The tensors of every adapter.
+    adapters: Vec<Var>,
     checkpointing: AtomicBool,
 }
 
@@ -253,7 +253,8 @@ impl UNet2DConditionModel {
     }
 }
 
-/// Every Linear and 1x1 convolution inside the transformer blocks, in the order of the model, paths without `unet.`.
+/// Every Linear and 1x1 convolution inside the transformer blocks and every convolution of the residual blocks and between
+/// levels, in the order of the model, paths without `unet.`.
 ///
 /// # Errors
 /// If the config cannot make a model.
