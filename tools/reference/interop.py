@@ -7,14 +7,15 @@
 
 CASES.json is a list of
     {"name": "...", "base": DIR, "results": DIR, "probe": FILE, "rank": 8, "alpha": 4.0,
-     "target_modules": ["to_q", ...], "sizes": {"mid_block.resnets.0.conv1": [2, 1.0]}, "merged": true}
+     "target_modules": ["to_q", ...], "sizes": {"mid_block.resnets.0.conv1": [2, 1.0]}, "use_dora": false,
+     "merged": true}
 
 `rank` and `alpha` are those of most modules; `sizes` names the others.
 
 `results` holds `pytorch_lora_weights.safetensors`, one `*-kohya.safetensors`, one `*-peft.zip`, and with `merged` also
 `fine_tuned_model.zip`. `probe` is what lorad itself computed with the adapter that it exported: `sample`, `timesteps`,
 `encoder_hidden_states`, `out` (the UNet's output with the adapter), and the adapter's own tensors under
-`unet.<module>.lora_A.weight` / `.lora_B.weight`.
+`unet.<module>.lora_A.weight` / `.lora_B.weight` / `.lora_magnitude_vector` (with `use_dora`, and then there is no kohya file).
 
 One process for all cases: importing torch takes longer than the checks.
 """
@@ -125,7 +126,8 @@ class Case:
         self.base, self.results = Path(spec["base"]), Path(spec["results"])
         self.rank, self.alpha = int(spec["rank"]), float(spec["alpha"])
         self.targets, self.merged = spec["target_modules"], bool(spec["merged"])
-        self.sizes = spec.get("sizes", {})
+        self.sizes, self.dora = spec.get("sizes", {}), spec.get("use_dora", False)
+        self.parts = ["lora_A.weight", "lora_B.weight"] + ["lora_magnitude_vector"] * self.dora
         self.scratch = scratch
         probe = load_file(spec["probe"])
         self.probe = {k: probe.pop(k) for k in ("sample", "timesteps", "encoder_hidden_states", "out")}
@@ -173,13 +175,25 @@ class Case:
         rank, alpha = self.size(module)
         return alpha / rank * (b @ a)
 
+    def merged_weight(self, module: str, weight: torch.Tensor) -> torch.Tensor:
+        """What does the same as the layer and its adapter, in f64 (DoRA: eq. 5 of the paper)."""
+        merged = weight.double() + self.delta(module).reshape(weight.shape)
+        if self.dora:
+            magnitude = self.adapter[f"unet.{module}.lora_magnitude_vector"].double().flatten()
+            factor = magnitude / merged.flatten(1).norm(dim=1)
+            merged = merged * factor.view(-1, *[1] * (merged.ndim - 1))
+        return merged
+
     def check_probe(self) -> str:
         """The probe itself: complete, and with an adapter that changes the output."""
-        names = {f"unet.{m}.lora_{x}.weight" for m in self.modules for x in "AB"}
+        names = {f"unet.{m}.{x}" for m in self.modules for x in self.parts}
         require_same_keys("adapter tensors against the UNet's target modules", self.adapter, names)
         for n, t in self.adapter.items():
             require(bool(torch.isfinite(t).all()) and t.abs().max() > 0, f"{n} is zero or not finite")
-            rank = self.size(n.removeprefix("unet.").rsplit(".lora_", 1)[0])[0]
+            module = n.removeprefix("unet.").rsplit(".lora_", 1)[0]
+            rank = self.size(module)[0]
+            if "magnitude" in n:
+                continue
             require(t.shape[0 if ".lora_A." in n else 1] == rank, f"{n}: shape {tuple(t.shape)} is not of rank {rank}")
         moved = relative_error(self.base_out, self.probe["out"])
         require(moved > 10 * OUTPUT_TOLERANCE, f"the adapter changes the output by {moved:.1e} only: nothing could be told from it")
@@ -203,6 +217,10 @@ class Case:
             require(adapter in layer.lora_A, f"{n} has no adapter")
             error = relative_error(layer.get_delta_weight(adapter).flatten(1), self.delta(n))
             require(error <= DELTA_TOLERANCE, f"{n}: ΔW differs by {error:.2e} relative (scale {layer.scaling[adapter]:g})")
+            require(bool(layer.use_dora[adapter]) == self.dora, f"{n}: DoRA is {layer.use_dora[adapter]}")
+            if self.dora:
+                magnitude = layer.lora_magnitude_vector[adapter].weight
+                require(torch.equal(magnitude, self.adapter[f"unet.{n}.lora_magnitude_vector"]), f"{n}: magnitudes differ")
 
     # --- the diffusers file ---
 
@@ -211,7 +229,7 @@ class Case:
         require(file.is_file(), f"{file.name} is missing")
         with safe_open(file, "pt") as f:
             keys = set(f.keys())
-        names = {f"unet.{m}.lora_{x}.weight" for m in self.modules for x in "AB"}
+        names = {f"unet.{m}.{x}" for m in self.modules for x in self.parts}
         require(not any(k.endswith(".alpha") for k in keys), "it holds `.alpha` keys, which diffusers refuses")
         require_same_keys("keys", keys, names)
         meta = read_metadata(file)
@@ -221,6 +239,7 @@ class Case:
             require(all(k.startswith("unet.") for k in config), f"lora_adapter_metadata keys without `unet.`: {some(config)}")
             LoraConfig(**{k.removeprefix("unet."): v for k, v in config.items()})
             rank = max(self.size(m)[0] for m in self.modules)  # smaller ones are filled up with zeros
+            require(config.get("unet.use_dora", False) == self.dora, "lora_adapter_metadata is wrong about use_dora")
             require(config.get("unet.r") == rank, f"lora_adapter_metadata says r = {config.get('unet.r')}")
         self.check_shared_metadata(meta, "diffusers file")
         return f"{len(keys)} tensors, {len(meta)} metadata entries"
@@ -329,7 +348,7 @@ class Case:
         require(config.get("peft_type") == "LORA", f"peft_type is {config.get('peft_type')}")
         require(config.get("r") == self.rank and config.get("lora_alpha") == self.alpha, "r or lora_alpha differs from the job's")
         file = load_file(folder / "adapter_model.safetensors")
-        names = {f"base_model.model.{m}.lora_{x}.weight" for m in self.modules for x in "AB"}
+        names = {f"base_model.model.{m}.{x}" for m in self.modules for x in self.parts}
         require_same_keys("keys", file, names)
         for k, v in file.items():
             require(torch.equal(v, self.adapter["unet." + k.removeprefix("base_model.model.")]), f"{k} differs from the adapter")
@@ -376,7 +395,7 @@ class Case:
             if module not in self.modules:
                 require(torch.equal(v, base_files[k]), f"{k} has no adapter, but differs from the base")
                 continue
-            exact = base_files[k].double() + self.delta(module).reshape(v.shape)
+            exact = self.merged_weight(module, base_files[k])
             # Rounded to nearest once: off by at most half a unit in the last place, plus f32 error of ΔW. Below the
             # smallest normal number a dtype's unit no longer shrinks.
             info = torch.finfo(v.dtype)
@@ -396,9 +415,12 @@ class Case:
         yield "diffusers file: pipe.load_lora_weights", self.check_diffusers_load
         yield "diffusers file: same for a reader that ignores its metadata", self.check_diffusers_without_metadata
         yield "diffusers file: pipe(prompt)", self.check_pipeline_call
-        yield "kohya file: keys, alphas and metadata", self.check_kohya_file
-        yield "kohya file: ComfyUI's name rule", self.check_kohya_rule
-        yield "kohya file: diffusers' converter", self.check_kohya_load
+        if self.dora:
+            yield "kohya file: there is none", lambda: require(not list(self.results.glob("*-kohya*")), "there is one") or "none"
+        else:
+            yield "kohya file: keys, alphas and metadata", self.check_kohya_file
+            yield "kohya file: ComfyUI's name rule", self.check_kohya_rule
+            yield "kohya file: diffusers' converter", self.check_kohya_load
         yield "PEFT folder: PeftModel.from_pretrained", self.check_peft_load
         if self.merged:
             yield "merged folder: plain StableDiffusionPipeline", self.check_merged

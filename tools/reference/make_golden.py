@@ -445,9 +445,14 @@ def make_losses(pipe, name: str, out: Path) -> None:
 ADAPTERS = {
     "tiny-sd1": {
         "conv": dict(conv_rank=2, conv_alpha=1.0),
+        "dora": dict(use_dora=True),
+        "dora-conv": dict(use_dora=True, conv_rank=2, conv_alpha=1.0),
+        "patterns": dict(
+            rank_pattern={"attn2.to_k": 6, r"mid_block\..*to_q": 2, "to_k": 3}, alpha_pattern={"to_out.0": 1.5, r".*attn1.*": 3.0}),
     },
     "tiny-sd2": {
         "conv": dict(conv_rank=3, conv_alpha=3.0),
+        "dora-conv": dict(use_dora=True, conv_rank=2, conv_alpha=4.0),
     },
 }
 
@@ -455,6 +460,8 @@ ADAPTERS = {
 def peft_options(options: dict) -> dict:
     """lorad's adapter options as fields of PEFT's LoraConfig."""
     out = {k: dict(options.get(k, {})) for k in ("rank_pattern", "alpha_pattern")}
+    if "use_dora" in options:
+        out["use_dora"] = options["use_dora"]
     if "conv_rank" in options:
         out["target_modules"] = [*TARGETS["attention"], *CONVOLUTIONS]
         for name in CONVOLUTIONS:
@@ -477,7 +484,8 @@ def make_adapters(pipe, name: str, out: Path) -> None:
                     p.copy_(torch.randn(p.shape, generator=g) / p.shape[0])
         save(out / f"adapters-{curve}.safetensors", {n: p.data for n, p in params.items() if ".lora_B." not in n})
         sizes = {
-            n: [m.r["default"], m.lora_alpha["default"]] for n, m in pipe.unet.named_modules() if isinstance(m, LoraLayer)}
+            n: [m.r["default"], m.lora_alpha["default"]] for n, m in pipe.unet.named_modules()
+            if isinstance(m, LoraLayer) and "default" in m.r}
         optimizer = torch.optim.AdamW(list(params.values()), lr=1e-3, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
         losses, norms = [], []
         for step in range(CURVE_STEPS):

@@ -71,7 +71,9 @@ pub fn directional_derivative(task: &dyn Task, batch: &MicroBatch) -> Result<Che
         .iter()
         .map(|(_, v)| v.as_detached_tensor().copy())
         .collect::<Result<_, _>>()?;
+    task.hold_constants(true);
     let result = displaced(task, &batch, &vars, &kept);
+    task.hold_constants(false);
     for ((_, var), tensor) in vars.iter().zip(&kept) {
         var.set(tensor)?;
     }

@@ -94,6 +94,10 @@ pub trait Task {
     /// `(seed, purpose, sample counter)`.
     fn loss(&self, batch: &MicroBatch) -> Result<Tensor>;
 
+    /// From now on, or no longer: what [`Task::loss`] depends on through the adapter, but its gradient by definition does not
+    /// see, keeps the value of the next call. There is no such thing, if not overridden.
+    fn hold_constants(&self, _hold: bool) {}
+
     /// The loss of a model that always predicts zeros, if it is known: about 1 for a target of unit variance.
     fn trivial_loss(&self) -> Option<f64>;
 

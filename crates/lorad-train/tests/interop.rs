@@ -54,6 +54,7 @@ struct Case {
     alpha: f64,
     /// Rank and alpha of convolutions, where they are adapted.
     conv: Option<(usize, f64)>,
+    use_dora: bool,
     merged: bool,
 }
 
@@ -67,7 +68,7 @@ impl Case {
 }
 
 /// alpha differs from rank in all: a format that loses it gives another output.
-const CASES: [Case; 5] = [
+const CASES: [Case; 6] = [
     Case {
         name: "tiny-sd1-transformer",
         base: "tiny-sd1",
@@ -75,6 +76,7 @@ const CASES: [Case; 5] = [
         rank: 4,
         alpha: 2.0,
         conv: None,
+        use_dora: false,
         merged: true,
     },
     Case {
@@ -84,6 +86,17 @@ const CASES: [Case; 5] = [
         rank: 3,
         alpha: 6.0,
         conv: Some((4, 2.0)),
+        use_dora: false,
+        merged: true,
+    },
+    Case {
+        name: "tiny-sd1-dora",
+        base: "tiny-sd1",
+        preset: "transformer",
+        rank: 3,
+        alpha: 6.0,
+        conv: Some((4, 2.0)),
+        use_dora: true,
         merged: true,
     },
     Case {
@@ -93,6 +106,7 @@ const CASES: [Case; 5] = [
         rank: 3,
         alpha: 6.0,
         conv: None,
+        use_dora: false,
         merged: true,
     },
     Case {
@@ -102,6 +116,7 @@ const CASES: [Case; 5] = [
         rank: 8,
         alpha: 4.0,
         conv: None,
+        use_dora: false,
         merged: true,
     },
     Case {
@@ -111,6 +126,7 @@ const CASES: [Case; 5] = [
         rank: 4,
         alpha: 8.0,
         conv: None,
+        use_dora: false,
         merged: false,
     },
 ];
@@ -169,12 +185,8 @@ fn train_and_probe(case: &Case, dir: &Path) -> Value {
     let WorkerEvent::Done { results } = end else {
         panic!("{}: {end:?}", case.name)
     };
-    let mut expected = vec![
-        ResultKind::Diffusers,
-        ResultKind::Kohya,
-        ResultKind::Peft,
-        ResultKind::Receipt,
-    ];
+    let mut expected = vec![ResultKind::Diffusers, ResultKind::Peft, ResultKind::Receipt];
+    expected.extend((!case.use_dora).then_some(ResultKind::Kohya));
     expected.extend(case.merged.then_some(ResultKind::Merged));
     for kind in expected {
         let file = results
@@ -198,7 +210,8 @@ fn train_and_probe(case: &Case, dir: &Path) -> Value {
     candle_core::safetensors::save(&probe_tensors(case, &base, tensors), &probe).unwrap();
     json!({
         "name": case.name, "base": base, "results": dir.join("results"), "probe": probe, "rank": case.rank,
-        "alpha": case.alpha, "target_modules": peft_targets(case), "sizes": sizes, "merged": case.merged,
+        "alpha": case.alpha, "target_modules": peft_targets(case), "sizes": sizes, "use_dora": case.use_dora,
+        "merged": case.merged,
     })
 }
 
@@ -227,15 +240,20 @@ fn probe_tensors(case: &Case, base: &Path, adapter: HashMap<String, Tensor>) -> 
         if let Some(module) = name.strip_suffix(".lora_A.weight") {
             set.modules.insert(
                 module.to_owned(),
-                Adapter::new(
-                    Var::from_tensor(tensor).unwrap(),
-                    Var::from_tensor(&adapter[&format!("{module}.lora_B.weight")]).unwrap(),
-                    case.alpha_of(module),
-                ),
+                Adapter {
+                    magnitude: adapter
+                        .get(&format!("{module}.lora_magnitude_vector"))
+                        .map(|m| Var::from_tensor(m).unwrap()),
+                    ..Adapter::new(
+                        Var::from_tensor(tensor).unwrap(),
+                        Var::from_tensor(&adapter[&format!("{module}.lora_B.weight")]).unwrap(),
+                        case.alpha_of(module),
+                    )
+                },
             );
         }
     }
-    assert_eq!(2 * set.modules.len(), adapter.len());
+    assert_eq!(set.named_vars().len(), adapter.len());
     let unet = UNet2DConditionModel::load(&BaseFolder::open(base).unwrap(), &Device::Cpu, &set).unwrap();
     let out = unet
         .forward(sample, &timesteps.to_dtype(DType::F32).unwrap(), text)
@@ -258,6 +276,7 @@ fn spec(case: &Case, base: &Path, dir: &Path) -> AttemptSpec {
     let mut given = json!({
         "lora_rank": case.rank, "lora_alpha": case.alpha, "target_modules": case.preset, "learning_rate": LEARNING_RATE,
         "max_train_steps": STEPS, "batch_size": 2, "checkpoint_every_steps": STEPS, "seed": 5,
+        "use_dora": case.use_dora,
     });
     if let Some((rank, alpha)) = case.conv {
         given["conv_rank"] = json!(rank);

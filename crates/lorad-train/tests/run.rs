@@ -152,6 +152,10 @@ fn no_setting_is_decoration() {
         ("target_modules", &none, json!(["to_q"])),
         ("conv_rank", &none, json!(2)),
         ("conv_alpha", &conv, json!(1.0)),
+        ("rank_pattern", &none, json!({"attn1.to_q": 3})),
+        ("alpha_pattern", &none, json!({"attn1.to_q": 3})),
+        ("use_dora", &none, json!(true)),
+        ("lora_dropout", &none, json!(0.3)),
         ("resolution", &none, json!(32)),
         ("center_crop", &none, json!(true)),
         ("random_flip", &none, json!(true)),
@@ -238,6 +242,57 @@ fn no_setting_is_decoration() {
             "{} is not covered",
             field.name
         );
+    }
+}
+
+/// Everything that an adapter can be at once: the optimizer, checkpoints, the moving average and dropout's random numbers know
+/// every tensor of it.
+#[test]
+fn an_interrupted_run_of_every_kind_of_adapter_continues_to_the_byte_identical_adapter() {
+    let root = tempfile::tempdir().unwrap();
+    let kinds = json!({
+        "conv_rank": 2, "use_dora": true, "lora_dropout": 0.2, "rank_pattern": {"to_k": 3}, "alpha_pattern": {"conv1": 1.0},
+        "ema_decay": 0.9, "optimizer": "adafactor", "max_train_steps": 5, "gradient_checkpointing": "off",
+    });
+    let straight = spec(root.path(), "straight", &kinds);
+    assert!(matches!(run(&straight, &Recorder::default()), WorkerEvent::Done { .. }));
+    let first = spec(root.path(), "first", &kinds);
+    let pausing = Recorder {
+        pause_after: Some(3),
+        ..Recorder::default()
+    };
+    assert!(matches!(run(&first, &pausing), WorkerEvent::Stopped { step: 3, .. }));
+    let mut second = spec(root.path(), "second", &kinds);
+    second.resume_from = Some(first.attempt_dir.join("checkpoints/00000003"));
+    assert!(matches!(run(&second, &Recorder::default()), WorkerEvent::Done { .. }));
+    assert!(adapter_bytes(&second) == adapter_bytes(&straight));
+
+    // Activations that are computed again drop the same values.
+    let mut again = kinds.clone();
+    again["gradient_checkpointing"] = json!("on");
+    let again = spec(root.path(), "again", &again);
+    assert!(matches!(run(&again, &Recorder::default()), WorkerEvent::Done { .. }));
+    assert!(adapter_bytes(&again) == adapter_bytes(&straight));
+}
+
+/// Dropout belongs to the sample, not to the batch that it is in.
+#[test]
+fn dropout_does_not_depend_on_the_batch_layout() {
+    let root = tempfile::tempdir().unwrap();
+    let losses = |name: &str, batch: u64, accumulation: u64| {
+        let changes = json!({
+            "batch_size": batch, "gradient_accumulation_steps": accumulation, "learning_rate": 1e-3, "lora_dropout": 0.5,
+            "conv_rank": 2, "max_train_steps": 4,
+        });
+        let spec = spec(root.path(), name, &changes);
+        let log = Recorder::default();
+        assert!(matches!(run(&spec, &log), WorkerEvent::Done { .. }));
+        log.losses()
+    };
+    let (parts, whole) = (losses("parts", 1, 4), losses("whole", 4, 1));
+    assert_eq!((parts.len(), whole.len()), (4, 4));
+    for ((step, a), (_, b)) in parts.iter().zip(&whole) {
+        assert!((a - b).abs() <= 1e-5 * b, "step {step}: {a} in parts, {b} as a whole");
     }
 }
 

@@ -12,6 +12,8 @@ use crate::{Result, lora::AdapterSet};
 pub(super) struct Factors {
     pub(super) a: Host,
     pub(super) b: Host,
+    /// DoRA's.
+    pub(super) magnitude: Option<Host>,
     pub(super) alpha: f64,
 }
 
@@ -28,6 +30,27 @@ impl Factors {
     /// `scale · B·A`, row by row.
     pub(super) fn delta(&self) -> Vec<f64> {
         delta(&self.a, &self.b, self.scale())
+    }
+
+    /// The weight that does what the layer and its adapter do: `W + ΔW`, with magnitudes `m / ‖W + ΔW‖ (W + ΔW)`, row by row.
+    /// `None` if `W` has another size.
+    ///
+    /// # Source
+    /// peft 0.21.2 `tuners/lora/variants.py`, `DoraLinearVariant.merge_safe`.
+    pub(super) fn merged(&self, weight: &[f64]) -> Option<Vec<f64>> {
+        let delta = self.delta();
+        if delta.len() != weight.len() {
+            return None;
+        }
+        let mut merged: Vec<f64> = weight.iter().zip(delta).map(|(w, d)| w + d).collect();
+        if let Some(magnitude) = &self.magnitude {
+            let width = (merged.len() / magnitude.values.len().max(1)).max(1);
+            for (row, &m) in merged.chunks_exact_mut(width).zip(&magnitude.values) {
+                let norm = row.iter().map(|v| v * v).sum::<f64>().sqrt().max(f64::MIN_POSITIVE);
+                row.iter_mut().for_each(|v| *v *= f64::from(m) / norm);
+            }
+        }
+        Some(merged)
     }
 }
 
@@ -56,9 +79,20 @@ impl HostAdapter {
             let factors = Factors {
                 a: Host::from_tensor(module.a.as_tensor())?,
                 b: Host::from_tensor(module.b.as_tensor())?,
+                magnitude: module
+                    .magnitude
+                    .as_ref()
+                    .map(|m| Host::from_tensor(m.as_tensor()))
+                    .transpose()?,
                 alpha: module.alpha,
             };
-            if factors.a.values.iter().chain(&factors.b.values).any(|v| !v.is_finite()) {
+            let tensors = [Some(&factors.a), Some(&factors.b), factors.magnitude.as_ref()];
+            if tensors
+                .into_iter()
+                .flatten()
+                .flat_map(|t| &t.values)
+                .any(|v| !v.is_finite())
+            {
                 return Err(Problem::new(
                     "export.not_finite",
                     "The adapter holds values that are not numbers",
@@ -70,10 +104,15 @@ impl HostAdapter {
             modules.insert(path.clone(), factors);
         }
         Ok(Self {
-            rank: most_frequent(modules.values().map(Factors::rank)),
-            alpha: most_frequent(modules.values().map(|f| f.alpha)),
+            rank: most_frequent(&modules.values().map(Factors::rank).collect::<Vec<_>>()),
+            alpha: most_frequent(&modules.values().map(|f| f.alpha).collect::<Vec<_>>()),
             modules,
         })
+    }
+
+    /// Whether any module has magnitudes.
+    pub(super) fn is_dora(&self) -> bool {
+        self.modules.values().any(|f| f.magnitude.is_some())
     }
 
     /// The largest rank.
@@ -83,15 +122,12 @@ impl HostAdapter {
 }
 
 /// The first of those that come most often.
-fn most_frequent<T: Copy + PartialEq + Default>(values: impl Iterator<Item = T> + Clone) -> T {
-    let count = |value: T| values.clone().filter(|other| *other == value).count();
+fn most_frequent<T: Copy + PartialEq + Default>(values: &[T]) -> T {
     let mut best = (T::default(), 0);
-    for value in values.clone() {
-        if value != best.0 || best.1 == 0 {
-            let n = count(value);
-            if n > best.1 {
-                best = (value, n);
-            }
+    for &value in values {
+        let n = values.iter().filter(|other| **other == value).count();
+        if n > best.1 {
+            best = (value, n);
         }
     }
     best.0

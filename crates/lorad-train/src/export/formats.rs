@@ -45,12 +45,16 @@ pub(super) fn diffusers(adapter: &HostAdapter) -> TensorFile {
             .insert(format!("{module}.lora_A.weight"), a.padded(0, rank));
         file.tensors
             .insert(format!("{module}.lora_B.weight"), b.padded(1, rank));
+        insert_magnitude(&mut file, module, factors);
     }
     let mut config = BTreeMap::new();
     for module in adapter.modules.keys() {
         let root = module.split('.').next().unwrap_or_default();
         config.insert(format!("{root}.r"), json!(rank));
         config.insert(format!("{root}.lora_alpha"), json!(rank));
+        if adapter.is_dora() {
+            config.insert(format!("{root}.use_dora"), json!(true));
+        }
         let targets = config
             .entry(format!("{root}.target_modules"))
             .or_insert_with(|| json!([]));
@@ -64,8 +68,17 @@ pub(super) fn diffusers(adapter: &HostAdapter) -> TensorFile {
     file
 }
 
-/// ΔW by module from a diffusers file, as a reader that takes alpha = rank.
-pub(super) fn read_diffusers(file: &TensorFile) -> BTreeMap<String, Vec<f64>> {
+/// What a reader rebuilds of one module.
+#[derive(Debug)]
+pub(super) struct Rebuilt {
+    /// ΔW.
+    pub(super) delta: Vec<f64>,
+    /// DoRA's.
+    pub(super) magnitude: Option<Host>,
+}
+
+/// By module from a diffusers file, as a reader that takes alpha = rank.
+pub(super) fn read_diffusers(file: &TensorFile) -> BTreeMap<String, Rebuilt> {
     read_pairs(file, "", ".lora_A.weight", ".lora_B.weight", |_| 1.0)
 }
 
@@ -81,9 +94,19 @@ pub(super) fn peft(adapter: &HostAdapter) -> TensorFile {
         let name = format!("base_model.model.{}", inner(module));
         file.tensors.insert(format!("{name}.lora_A.weight"), factors.a.clone());
         file.tensors.insert(format!("{name}.lora_B.weight"), factors.b.clone());
+        insert_magnitude(&mut file, &name, factors);
     }
     file.metadata.insert("format".to_owned(), "pt".to_owned());
     file
+}
+
+/// The ending of a magnitude's name in diffusers' and PEFT's files.
+const MAGNITUDE: &str = ".lora_magnitude_vector";
+
+fn insert_magnitude(file: &mut TensorFile, module: &str, factors: &Factors) {
+    if let Some(magnitude) = &factors.magnitude {
+        file.tensors.insert(format!("{module}{MAGNITUDE}"), magnitude.clone());
+    }
 }
 
 /// `adapter_config.json`. Target modules are whole paths, so that nothing else can match.
@@ -101,14 +124,14 @@ pub(super) fn peft_config(adapter: &HostAdapter, base_model: &str, init: &Value)
     json!({
         "peft_type": "LORA", "task_type": null, "base_model_name_or_path": base_model, "inference_mode": true,
         "r": adapter.rank, "lora_alpha": number(adapter.alpha), "lora_dropout": 0.0, "bias": "none",
-        "fan_in_fan_out": false, "use_rslora": false, "use_dora": false, "modules_to_save": null,
+        "fan_in_fan_out": false, "use_rslora": false, "use_dora": adapter.is_dora(), "modules_to_save": null,
         "init_lora_weights": init, "target_modules": targets, "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
     })
 }
 
-/// ΔW by module from a PEFT file and its config.
-pub(super) fn read_peft(file: &TensorFile, config: &Value) -> BTreeMap<String, Vec<f64>> {
+/// By module from a PEFT file and its config.
+pub(super) fn read_peft(file: &TensorFile, config: &Value) -> BTreeMap<String, Rebuilt> {
     let of = |name: &str, pattern: &str, all: &str| {
         let value = config[pattern]
             .get(name.trim_start_matches("base_model.model."))
@@ -118,7 +141,7 @@ pub(super) fn read_peft(file: &TensorFile, config: &Value) -> BTreeMap<String, V
     let scale = |name: &str| of(name, "alpha_pattern", "lora_alpha") / of(name, "rank_pattern", "r");
     read_pairs(file, "base_model.model.", ".lora_A.weight", ".lora_B.weight", scale)
         .into_iter()
-        .map(|(module, delta)| (format!("unet.{module}"), delta))
+        .map(|(module, rebuilt)| (format!("unet.{module}"), rebuilt))
         .collect()
 }
 
@@ -155,8 +178,8 @@ pub(super) fn kohya(adapter: &HostAdapter, metadata: BTreeMap<String, String>) -
     file
 }
 
-/// ΔW by kohya's module name.
-pub(super) fn read_kohya(file: &TensorFile) -> BTreeMap<String, Vec<f64>> {
+/// By kohya's module name.
+pub(super) fn read_kohya(file: &TensorFile) -> BTreeMap<String, Rebuilt> {
     read_pairs(file, "", ".lora_down.weight", ".lora_up.weight", |name| {
         let rank = file
             .tensors
@@ -179,7 +202,7 @@ fn read_pairs(
     a_suffix: &str,
     b_suffix: &str,
     scale: impl Fn(&str) -> f64,
-) -> BTreeMap<String, Vec<f64>> {
+) -> BTreeMap<String, Rebuilt> {
     let mut modules = BTreeMap::new();
     for (key, a) in &file.tensors {
         let Some(name) = key.strip_suffix(a_suffix) else {
@@ -189,7 +212,11 @@ fn read_pairs(
             continue;
         };
         let module = name.strip_prefix(prefix).unwrap_or(name);
-        modules.insert(module.to_owned(), delta(a, b, scale(name)));
+        let rebuilt = Rebuilt {
+            delta: delta(a, b, scale(name)),
+            magnitude: file.tensors.get(&format!("{name}{MAGNITUDE}")).cloned(),
+        };
+        modules.insert(module.to_owned(), rebuilt);
     }
     modules
 }

@@ -36,6 +36,13 @@ pub const RECEIPT_FILE: &str = "receipt.json";
 /// The resolved configuration.
 pub const CONFIG_FILE: &str = "job.json";
 
+/// Why a DoRA adapter gets no kohya file.
+///
+/// # Source
+/// ComfyUI `comfy/weight_adapter/base.py` (`weight_decompose`) divides by `‖W‖`, LyCORIS `modules/locon.py` by `‖W + ΔW‖`.
+pub const NO_KOHYA_DORA: &str =
+    "its readers disagree about what DoRA's magnitudes are relative to, so each file would be wrong in some of them";
+
 /// What the exporters must know of the base model.
 #[derive(Debug, Clone)]
 pub struct BaseTraits {
@@ -110,17 +117,19 @@ pub fn write_results(dir: &Path, job: &ExportJob<'_>) -> Result<Vec<ResultFile>>
     checks.push(receipt::check_diffusers(dir, &file, &adapter)?);
     written.push(file);
 
-    let mut kohya = formats::kohya(&adapter, metadata::kohya(&adapter, &job.base, job.context));
-    let data = kohya.data();
-    metadata::with_hashes(&mut kohya.metadata, &data);
-    let file = write_file(
-        dir,
-        &format!("{stem}-kohya.safetensors"),
-        ResultKind::Kohya,
-        &kohya.to_bytes(),
-    )?;
-    checks.push(receipt::check_kohya(dir, &file, &adapter)?);
-    written.push(file);
+    if !adapter.is_dora() {
+        let mut kohya = formats::kohya(&adapter, metadata::kohya(&adapter, &job.base, job.context));
+        let data = kohya.data();
+        metadata::with_hashes(&mut kohya.metadata, &data);
+        let file = write_file(
+            dir,
+            &format!("{stem}-kohya.safetensors"),
+            ResultKind::Kohya,
+            &kohya.to_bytes(),
+        )?;
+        checks.push(receipt::check_kohya(dir, &file, &adapter)?);
+        written.push(file);
+    }
 
     let file = write_file(
         dir,

@@ -167,8 +167,8 @@ fn unzip(bytes: &[u8]) -> BTreeMap<String, Vec<u8>> {
         .collect()
 }
 
-fn assert_delta(found: &[f64]) {
-    let error = adapter::relative_error(found, &DELTA);
+fn assert_delta(found: &formats::Rebuilt) {
+    let error = adapter::relative_error(&found.delta, &DELTA);
     assert!(error < 1e-6, "{error}: {found:?}");
 }
 

@@ -53,6 +53,22 @@ pub fn is_convolution(path: &str) -> bool {
     CONVOLUTIONS.iter().any(|suffix| ends_with(path, suffix))
 }
 
+/// A pattern of `rank_pattern` or `alpha_pattern`: it must match a whole path, or the end of one after a dot.
+///
+/// # Errors
+/// One sentence.
+///
+/// # Source
+/// peft 0.21.2 `utils/other.py`, `get_pattern_key`.
+pub fn pattern(text: &str) -> Result<Regex, String> {
+    Regex::new(&format!(r"^(?:.*\.)?(?:{text})$")).map_err(|e| format!("{text:?} is no valid pattern: {}", reason(&e)))
+}
+
+/// The last line of a pattern's error, which says what is wrong.
+fn reason(error: &regex::Error) -> String {
+    error.to_string().lines().last().unwrap_or_default().trim().to_owned()
+}
+
 /// Whether the last parts of `path` are `suffix`.
 fn ends_with(path: &str, suffix: &str) -> bool {
     path.strip_suffix(suffix)
@@ -71,7 +87,7 @@ impl TargetModules {
                 None => Regex::new(&format!("^(?:{text})$"))
                     .map(|r| Self::Pattern(Box::new(r)))
                     .map_err(|e| {
-                        let reason = e.to_string().lines().last().unwrap_or_default().trim().to_owned();
+                        let reason = reason(&e);
                         format!("{text:?} is neither a preset (attention, transformer) nor a valid pattern: {reason}")
                     }),
             },

@@ -2,6 +2,8 @@
 //! is its checkpoint's key tree. They know no family and no file format.
 
 mod adapted;
+mod dora;
+pub mod dropout;
 mod layers;
 mod params;
 

@@ -9,7 +9,7 @@ use std::{
     collections::BTreeSet,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -30,24 +30,39 @@ pub trait TensorSource {
 }
 
 /// Turns all adapters of one model on or off together. Cloning shares the switch.
-#[derive(Debug, Clone)]
-pub struct AdapterSwitch(Arc<AtomicBool>);
+#[derive(Debug, Clone, Default)]
+pub struct AdapterSwitch(Arc<Switch>);
 
-impl Default for AdapterSwitch {
-    fn default() -> Self {
-        Self(Arc::new(AtomicBool::new(true)))
-    }
+#[derive(Debug, Default)]
+struct Switch {
+    off: AtomicBool,
+    /// Odd while constants are held; goes up by one at each change.
+    holds: AtomicU64,
 }
 
 impl AdapterSwitch {
     /// Whether adapters take part in the forward pass.
     pub fn is_on(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        !self.0.off.load(Ordering::Relaxed)
     }
 
     /// Turns them on or off.
     pub fn set(&self, on: bool) {
-        self.0.store(on, Ordering::Relaxed);
+        self.0.off.store(!on, Ordering::Relaxed);
+    }
+
+    /// From now on, or no longer: what the backward takes for constant though it depends on adapters (DoRA's norms) keeps the
+    /// value of the first forward pass.
+    pub fn hold_constants(&self, hold: bool) {
+        if self.held().is_some() != hold {
+            self.0.holds.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// While constants are held, the number of that period.
+    pub(super) fn held(&self) -> Option<u64> {
+        let holds = self.0.holds.load(Ordering::Relaxed);
+        (holds % 2 == 1).then_some(holds)
     }
 }
 
@@ -285,6 +300,11 @@ impl Params<'_> {
         } else {
             format!("{}.{name}", self.path)
         }
+    }
+
+    /// Its path.
+    pub(super) fn path(&self) -> &str {
+        &self.path
     }
 
     /// Whether this is a dry build: tensors have their shape but no memory, and packing them is a waste.

@@ -14,6 +14,8 @@ mod attach;
 mod attention;
 pub mod composed;
 mod conv;
+mod dora;
+mod dropout;
 mod gemm;
 mod linear;
 mod low_rank;
@@ -28,6 +30,8 @@ mod winograd;
 
 pub use attention::attention;
 pub use conv::{Conv2dPlus, ConvGeometry, FrozenConv2d};
+pub use dora::{Constants as RescaleConstants, rescale};
+pub use dropout::masked;
 pub use linear::{FrozenLinear, lora_linear};
 pub use low_rank::low_rank_conv2d;
 pub use norm::{group_norm, layer_norm};

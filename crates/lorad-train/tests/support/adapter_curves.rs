@@ -1,4 +1,4 @@
-//! Fifty optimizer steps with each kind of adapter against PEFT: convolutions.
+//! Fifty optimizer steps with each kind of adapter against PEFT: convolutions, magnitudes (DoRA), patterns.
 //!
 //! The reference is made by `tools/reference/make_golden.py` (part `adapters`).
 
@@ -8,11 +8,13 @@ use candle_core::{DType, Device, Var};
 use lorad_train::{
     diffusion::{loss::LossConfig, schedule::NoiseSchedule},
     families::sd1::{
+        keys::Part,
         train::denoising_loss,
         unet::{UNet2DConditionModel, adaptable_modules},
         weights::BaseFolder,
     },
-    lora::{Adapter, AdapterSet},
+    lora::{Adapter, AdapterSet, init},
+    nn::TensorSource,
     step::Stepper,
 };
 use serde::Deserialize;
@@ -91,9 +93,10 @@ fn follow(pipeline: &str, name: &str, file: &File, curve: &Curve, inputs: &Tenso
     worst
 }
 
-/// A as given, B zeros.
+/// A and magnitudes as given, B zeros. Our own magnitudes at start are those.
 fn adapters(base: &BaseFolder, curve: &Curve, initial: &Tensors) -> AdapterSet {
     let mut set = AdapterSet::default();
+    let weights = base.weights(Part::Unet).unwrap();
     for module in adaptable_modules(&base.unet).unwrap() {
         let Some(&(rank, alpha)) = curve.sizes.get(&module.path) else {
             continue;
@@ -101,8 +104,23 @@ fn adapters(base: &BaseFolder, curve: &Curve, initial: &Tensors) -> AdapterSet {
         let path = format!("unet.{}", module.path);
         let given = |part: &str| Var::from_tensor(&initial[&format!("{path}.{part}")]).unwrap();
         let b = Var::zeros(module.kind.lora_b_shape(rank), DType::F32, &Device::Cpu).unwrap();
-        set.modules
-            .insert(path.clone(), Adapter::new(given("lora_A.weight"), b, alpha));
+        let mut adapter = Adapter::new(given("lora_A.weight"), b, alpha);
+        assert_eq!(adapter.rank(), rank);
+        if initial.contains_key(&format!("{path}.lora_magnitude_vector")) {
+            let expected = given("lora_magnitude_vector");
+            let weight = weights.tensor(
+                &format!("{}.weight", module.path),
+                &module.kind.weight_shape(),
+                &Device::Cpu,
+            );
+            let ours = init::magnitude(&weight.unwrap(), module.kind, &Device::Cpu).unwrap();
+            assert_eq!(ours.dims(), expected.dims());
+            let difference = (ours.as_tensor() - expected.as_tensor()).unwrap().abs().unwrap();
+            let error: f32 = difference.max_all().unwrap().to_scalar().unwrap();
+            assert!(error < 1e-6, "{path}: {error}");
+            adapter.magnitude = Some(expected);
+        }
+        set.modules.insert(path, adapter);
     }
     assert_eq!(set.modules.len(), curve.sizes.len());
     set

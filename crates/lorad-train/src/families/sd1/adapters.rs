@@ -5,15 +5,16 @@ use lorad_proto::problem::{FieldError, Problem};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::{unet::adaptable_modules, weights::BaseFolder};
+use super::{keys::Part, unet::adaptable_modules, weights::BaseFolder};
 use crate::{
     Result,
     lora::{
         AdapterSet,
         init::{self, LoraInit},
-        target::{TargetModules, is_convolution},
+        target::{TargetModules, is_convolution, pattern},
     },
-    nn::{AdaptableModule, ModuleKind},
+    nn::{AdaptableModule, ModuleKind, TensorSource},
+    ops::WeightType,
 };
 
 /// The resolved settings that decide about adapters.
@@ -24,6 +25,10 @@ pub(super) struct AdapterSettings {
     use_rslora: bool,
     conv_rank: usize,
     conv_alpha: Option<f64>,
+    rank_pattern: Map<String, Value>,
+    alpha_pattern: Map<String, Value>,
+    use_dora: bool,
+    pub(super) lora_dropout: f64,
     init_lora_weights: LoraInit,
     target_modules: Value,
 }
@@ -31,7 +36,7 @@ pub(super) struct AdapterSettings {
 /// A module and the adapter that it gets.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Chosen {
-    /// `unet.…`
+    /// Without `unet.`.
     pub(super) path: String,
     /// What it is.
     pub(super) kind: ModuleKind,
@@ -39,14 +44,6 @@ pub(super) struct Chosen {
     pub(super) rank: usize,
     /// The alpha whose `alpha / rank` is the adapter's scale.
     pub(super) alpha: f64,
-}
-
-impl Chosen {
-    /// Trainable values.
-    pub(super) fn params(&self) -> u64 {
-        let n = |shape: Vec<usize>| shape.iter().product::<usize>() as u64;
-        n(self.kind.lora_a_shape(self.rank)) + n(self.kind.lora_b_shape(self.rank))
-    }
 }
 
 impl AdapterSettings {
@@ -75,47 +72,124 @@ impl AdapterSettings {
             .map_err(|e| no_match(&[e]))?
             .select(&others)
             .map_err(|e| no_match(&e))?;
+        let with = |rank: usize, alpha: f64| {
+            move |AdaptableModule { path, kind }| Chosen {
+                path,
+                kind,
+                rank,
+                alpha,
+            }
+        };
         let mut chosen: Vec<Chosen> = selected
             .into_iter()
-            .map(|m| self.with_size(m, self.lora_rank, self.lora_alpha))
+            .map(with(self.lora_rank, self.lora_alpha))
             .collect();
         if self.conv_rank > 0 {
             let alpha = self.conv_alpha.unwrap_or(self.conv_rank as f64);
-            chosen.extend(
-                convolutions
-                    .into_iter()
-                    .map(|m| self.with_size(m, self.conv_rank, alpha)),
-            );
+            chosen.extend(convolutions.into_iter().map(with(self.conv_rank, alpha)));
+        }
+        self.apply_patterns(&mut chosen)?;
+        if self.use_rslora {
+            // Kalajdzievski 2023: the scale is alpha / √rank.
+            for module in &mut chosen {
+                module.alpha *= (module.rank as f64).sqrt();
+            }
         }
         Ok(chosen)
     }
 
-    /// # Source
-    /// Kalajdzievski 2023 for rank-stabilised scaling: `alpha / √rank`.
-    fn with_size(&self, module: AdaptableModule, rank: usize, alpha: f64) -> Chosen {
-        let factor = if self.use_rslora { (rank as f64).sqrt() } else { 1.0 };
-        Chosen {
-            path: format!("unet.{}", module.path),
-            kind: module.kind,
-            rank,
-            alpha: alpha * factor,
-        }
-    }
-
-    /// Adapters at their start.
+    /// Gives each module the rank and alpha of the first pattern that matches it.
     ///
     /// # Errors
-    /// As [`Self::choose`], or if a tensor cannot be made.
-    pub(super) fn fresh(&self, base: &BaseFolder, seed: u64, device: &Device) -> Result<AdapterSet> {
+    /// `pattern.no_match`: every pattern that matches no module with an adapter.
+    fn apply_patterns(&self, chosen: &mut [Chosen]) -> Result<(), Problem> {
+        let mut errors = Vec::new();
+        let mut apply = |name: &str, patterns: &Map<String, Value>, set: fn(&mut Chosen, f64)| {
+            let mut open = vec![true; chosen.len()];
+            for (text, value) in patterns {
+                // Checked when the settings were resolved.
+                let (Ok(pattern), Some(value)) = (pattern(text), value.as_f64()) else {
+                    continue;
+                };
+                let mut matches = false;
+                for (module, open) in chosen.iter_mut().zip(&mut open) {
+                    if pattern.is_match(&module.path) {
+                        matches = true;
+                        if std::mem::take(open) {
+                            set(module, value);
+                        }
+                    }
+                }
+                if !matches {
+                    errors.push(FieldError::new(
+                        format!("/hyperparameters/{name}"),
+                        "no_match",
+                        format!("{text:?} matches no module that has an adapter"),
+                    ));
+                }
+            }
+        };
+        apply("rank_pattern", &self.rank_pattern, |module, rank| {
+            module.rank = rank as usize;
+        });
+        apply("alpha_pattern", &self.alpha_pattern, |module, alpha| {
+            module.alpha = alpha;
+        });
+        if errors.is_empty() {
+            return Ok(());
+        }
+        let details: Vec<&str> = errors.iter().map(|e| e.detail.as_str()).collect();
+        let details = details.join("; ");
+        Err(
+            Problem::new("pattern.no_match", "A pattern fits no adapted module", details)
+                .with_hint("Patterns match a whole module path or its last parts, e.g. \"attn2.to_k\"; convolutions have adapters only with conv_rank.")
+                .with_errors(errors),
+        )
+    }
+
+    /// Trainable values of all adapters.
+    pub(super) fn params(&self, chosen: &[Chosen]) -> u64 {
+        let size = |shape: Vec<usize>| shape.iter().product::<usize>() as u64;
+        let of = |m: &Chosen| {
+            let magnitude = if self.use_dora {
+                size(m.kind.magnitude_shape())
+            } else {
+                0
+            };
+            size(m.kind.lora_a_shape(m.rank)) + size(m.kind.lora_b_shape(m.rank)) + magnitude
+        };
+        chosen.iter().map(of).sum()
+    }
+
+    /// Whether what only some formats carry is trained.
+    pub(super) fn use_dora(&self) -> bool {
+        self.use_dora
+    }
+
+    /// Adapters at their start, on frozen weights that are held as `dtype`.
+    ///
+    /// # Errors
+    /// As [`Self::choose`], or if a tensor cannot be read or made.
+    pub(super) fn fresh(&self, base: &BaseFolder, dtype: WeightType, seed: u64, device: &Device) -> Result<AdapterSet> {
         let mut set = AdapterSet::default();
+        let weights = if self.use_dora {
+            Some(base.weights(Part::Unet)?)
+        } else {
+            None
+        };
         for Chosen {
-            path,
+            path: key,
             kind,
             rank,
             alpha,
         } in self.choose(base)?
         {
-            let adapter = init::fresh(&path, kind, rank, alpha, self.init_lora_weights, seed, device)?;
+            let path = format!("unet.{key}");
+            let mut adapter = init::fresh(&path, kind, rank, alpha, self.init_lora_weights, seed, device)?;
+            if let Some(weights) = &weights {
+                let weight = weights.tensor(&format!("{key}.weight"), &kind.weight_shape(), &Device::Cpu)?;
+                adapter.magnitude = Some(init::magnitude(&dtype.round(&weight)?, kind, device)?);
+            }
             set.modules.insert(path, adapter);
         }
         Ok(set)
@@ -174,10 +248,11 @@ mod tests {
 
     use super::*;
 
-    fn choose(given: Value) -> Result<Vec<Chosen>, Problem> {
+    fn choose(given: &Value) -> Result<Vec<Chosen>, Problem> {
         let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny-sd1/model");
         let mut settings = json!({
             "lora_rank": 16, "lora_alpha": 8.0, "use_rslora": false, "conv_rank": 0, "conv_alpha": null,
+            "rank_pattern": {}, "alpha_pattern": {}, "use_dora": false, "lora_dropout": 0.0,
             "init_lora_weights": "gaussian", "target_modules": "attention",
         });
         for (name, value) in given.as_object().unwrap() {
@@ -195,17 +270,61 @@ mod tests {
 
     #[test]
     fn rank_stabilised_scaling_divides_by_the_root_of_the_rank() {
-        assert_eq!(scales(&choose(json!({})).unwrap()), [0.5]);
-        assert_eq!(scales(&choose(json!({"use_rslora": true})).unwrap()), [2.0]);
+        assert_eq!(scales(&choose(&json!({})).unwrap()), [0.5]);
+        assert_eq!(scales(&choose(&json!({"use_rslora": true})).unwrap()), [2.0]);
         let both = json!({"use_rslora": true, "conv_rank": 4, "conv_alpha": 1.0});
-        assert_eq!(scales(&choose(both).unwrap()), [0.5, 2.0]);
+        assert_eq!(scales(&choose(&both).unwrap()), [0.5, 2.0]);
+    }
+
+    #[test]
+    fn the_first_pattern_that_matches_counts_and_one_that_matches_nothing_is_refused() {
+        let given = json!({
+            "rank_pattern": {"attn2.to_k": 4, "to_k": 2}, "alpha_pattern": {r"mid_block\..*to_q": 1.5},
+        });
+        let chosen = choose(&given).unwrap();
+        let of = |ending: &str| {
+            let found = chosen.iter().find(|c| c.path.ends_with(ending)).unwrap();
+            (found.rank, found.alpha)
+        };
+        assert_eq!(of("attn2.to_k"), (4, 8.0));
+        assert_eq!(of("attn1.to_k"), (2, 8.0));
+        assert_eq!(of("mid_block.attentions.0.transformer_blocks.0.attn1.to_q"), (16, 1.5));
+        assert_eq!(of("attn1.to_v"), (16, 8.0));
+        let problem =
+            choose(&json!({"rank_pattern": {"o_k": 4, "to_k": 4}, "alpha_pattern": {"conv1": 2}})).unwrap_err();
+        let pointers: Vec<&str> = problem.errors.iter().map(|e| e.pointer.as_str()).collect();
+        assert_eq!(
+            pointers,
+            ["/hyperparameters/rank_pattern", "/hyperparameters/alpha_pattern"]
+        );
+        assert!(problem.detail.contains("\"o_k\"") && problem.detail.contains("\"conv1\""));
+    }
+
+    /// Ranks and alphas that PEFT gave modules for the same options.
+    #[test]
+    fn every_module_gets_the_rank_and_alpha_that_peft_gives_it() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny-sd1/adapters.json");
+        let golden: Value = serde_json::from_slice(&std::fs::read(golden).unwrap()).unwrap();
+        let curves = golden["curves"].as_object().unwrap();
+        for (name, curve) in curves {
+            let mut given = curve["options"].clone();
+            (given["lora_rank"], given["lora_alpha"]) = (golden["rank"].clone(), golden["alpha"].clone());
+            let chosen = choose(&given).unwrap();
+            assert_eq!(chosen.len(), curve["sizes"].as_object().unwrap().len(), "{name}");
+            for module in chosen {
+                let size = &curve["sizes"][&module.path];
+                assert_eq!(size[0].as_u64(), Some(module.rank as u64), "{name} {}", module.path);
+                assert_eq!(size[1].as_f64(), Some(module.alpha), "{name} {}", module.path);
+            }
+        }
+        assert!(curves.len() >= 4);
     }
 
     #[test]
     fn convolutions_are_adapted_by_conv_rank_and_by_nothing_else() {
-        let without = choose(json!({"target_modules": ".*"})).unwrap();
+        let without = choose(&json!({"target_modules": ".*"})).unwrap();
         assert!(without.iter().all(|c| !is_convolution(&c.path)));
-        let with = choose(json!({"target_modules": ".*", "conv_rank": 4})).unwrap();
+        let with = choose(&json!({"target_modules": ".*", "conv_rank": 4})).unwrap();
         let convolutions: Vec<&Chosen> = with.iter().filter(|c| is_convolution(&c.path)).collect();
         assert_eq!(with.len(), without.len() + convolutions.len());
         assert!(convolutions.iter().all(|c| c.rank == 4 && c.alpha == 4.0));
@@ -221,7 +340,7 @@ mod tests {
                 "{ending}"
             );
         }
-        let problem = choose(json!({"target_modules": ["conv1"], "conv_rank": 4})).unwrap_err();
+        let problem = choose(&json!({"target_modules": ["conv1"], "conv_rank": 4})).unwrap_err();
         assert!(problem.hint.contains("conv_rank"));
     }
 }

@@ -148,13 +148,19 @@ impl Family for Sd1 {
     ) -> Result<Plan, Problem> {
         let number = |name: &str| hyperparameters.get(name).and_then(Value::as_u64).unwrap_or(1);
         let base = BaseFolder::open(dir)?;
-        let chosen = AdapterSettings::from_resolved(hyperparameters)?.choose(&base)?;
-        let trainable_params: u64 = chosen.iter().map(adapters::Chosen::params).sum();
+        let adapters = AdapterSettings::from_resolved(hyperparameters)?;
+        let trainable_params = adapters.params(&adapters.choose(&base)?);
         let (batch, items) = (number("batch_size"), u64::from(n_items));
         let mut warnings = Vec::new();
         if batch > items && items > 0 {
             warnings.push(format!(
                 "batch_size {batch} is larger than the dataset: every step sees all {items} pictures."
+            ));
+        }
+        if adapters.use_dora() {
+            warnings.push(format!(
+                "With use_dora there is no kohya file: {}.",
+                crate::export::NO_KOHYA_DORA
             ));
         }
         let total_steps = schema::steps(hyperparameters, n_items as usize);

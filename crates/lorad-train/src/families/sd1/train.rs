@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
+    sync::Arc,
 };
 
 use candle_core::{Device, Tensor};
@@ -28,6 +29,7 @@ use crate::{
     diffusion::{ddim::Ddim, loss::LossConfig, sample::sample_latents, schedule::NoiseSchedule},
     export::{self, BaseTraits, ExportJob},
     lora::AdapterSet,
+    nn::dropout::{Dropout, with_dropout},
     rng::{Purpose, Stream},
     task::{ExportContext, MicroBatch, Prompt, Reporter, Task},
     validation::{self, Validation},
@@ -187,8 +189,9 @@ impl Sd1Task {
         let (items, held_out) = split(items, &held);
         let vae = (!sampling.prompts.is_empty()).then(|| vae.without_encoder());
 
-        let adapters = settings.adapters.fresh(&base, settings.seed, device)?;
-        let dtype = settings.mixed_precision.weight_type();
+        let adapters = settings
+            .adapters
+            .fresh(&base, settings.mixed_precision.weight_type(), settings.seed, device)?;
         let unet = UNet2DConditionModel::load_as(&base, device, &adapters, dtype)?;
         let batch = settings.batch_size as u64;
         let trainable = adapters.named_vars().iter().map(|(_, v)| v.elem_count() as u64).sum();
@@ -253,6 +256,18 @@ impl Sd1Task {
         // One text at a time, so that its numbers do not depend on what else is in the micro-batch.
         let embedding = encoder.encode(&[text])?.pop();
         embedding.ok_or_else(|| candle_core::Error::Msg("the text encoder gave nothing".to_owned()).into())
+    }
+
+    /// What a micro-batch's pass drops from the inputs of adapters.
+    fn dropout(&self, batch: &MicroBatch) -> Option<Arc<Dropout>> {
+        let probability = self.settings.adapters.lora_dropout;
+        (probability > 0.0).then(|| {
+            Arc::new(Dropout {
+                probability,
+                seed: self.settings.seed,
+                sample_counters: batch.sample_counters.clone(),
+            })
+        })
     }
 
     /// Draws everything random of a micro-batch.
@@ -403,8 +418,15 @@ impl Task for Sd1Task {
     }
 
     fn loss(&self, batch: &MicroBatch) -> Result<Tensor> {
+        let dropout = self.dropout(batch);
         let batch = self.inputs(batch)?;
-        Ok(denoising_loss(&self.unet, &self.schedule, &self.settings.loss, &batch)?)
+        Ok(with_dropout(dropout, || {
+            denoising_loss(&self.unet, &self.schedule, &self.settings.loss, &batch)
+        })?)
+    }
+
+    fn hold_constants(&self, hold: bool) {
+        self.unet.hold_constants(hold);
     }
 
     /// Noise has unit variance, and so have velocities of scaled latents; other losses weight them.

@@ -7,7 +7,7 @@ use candle_core::{Result, Tensor, bail};
 use super::transformer::{Transformer2D, TransformerSizes};
 use crate::{
     families::sd1::resnet::{ResnetBlock, ResnetSizes},
-    nn::{LoraConv2d, Params},
+    nn::{LoraConv2d, Params, dropout},
     ops::{self, Conv2dPlus, ConvGeometry},
 };
 
@@ -47,10 +47,14 @@ impl Layer {
     /// [`Self::forward`] as a segment of the tape: on `x`, or on `x` and `skip` side by side.
     fn segment(self: &Arc<Self>, x: &Tensor, skip: Option<&Tensor>, pass: &Pass<'_>) -> Result<Tensor> {
         let (this, time, context) = (Arc::clone(self), pass.time.clone(), pass.context.clone());
-        let run = move |inputs: &[Tensor]| match inputs {
-            [x, skip] => this.forward(&ops::cat_channels(x, skip)?, &time, &context),
-            [x, ..] => this.forward(x, &time, &context),
-            [] => bail!("a layer without an input"),
+        // What is computed again for the backward must drop the same.
+        let dropout = dropout::current();
+        let run = move |inputs: &[Tensor]| {
+            dropout::with_dropout(dropout.clone(), || match inputs {
+                [x, skip] => this.forward(&ops::cat_channels(x, skip)?, &time, &context),
+                [x, ..] => this.forward(x, &time, &context),
+                [] => bail!("a layer without an input"),
+            })
         };
         match skip {
             Some(skip) => ops::segment(&[x, skip], pass.recompute, run),

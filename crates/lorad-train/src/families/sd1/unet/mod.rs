@@ -247,6 +247,11 @@ impl UNet2DConditionModel {
         self.checkpointing.store(on, Ordering::Relaxed);
     }
 
+    /// See [`AdapterSwitch::hold_constants`].
+    pub fn hold_constants(&self, hold: bool) {
+        self.switch.hold_constants(hold);
+    }
+
     /// Whether the adapters take part in [`Self::forward`]. On at first.
     pub fn set_adapters_enabled(&self, on: bool) {
         self.switch.set(on);
