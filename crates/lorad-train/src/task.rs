@@ -38,6 +38,25 @@ pub trait Family: Sync {
     /// Fills in defaults and checks everything, all errors at once; pointers like `/lora_rank`.
     fn resolve(&self, base: &BaseModelInfo, given: &Map<String, Value>) -> Result<Map<String, Value>, Vec<FieldError>>;
 
+    /// Puts what the adapter in `file` decides (modules, ranks, alphas) into resolved hyperparameters; `given` are those of the
+    /// request. Families that cannot start from an adapter refuse it, if not overridden.
+    ///
+    /// # Errors
+    /// A file that does not fit the base in `dir`; given hyperparameters that the file decides.
+    fn adopt_adapter(
+        &self,
+        _dir: &Path,
+        file: &Path,
+        _given: &Map<String, Value>,
+        _hyperparameters: &mut Map<String, Value>,
+    ) -> Result<(), Problem> {
+        Err(Problem::new(
+            "init_adapter.unsupported",
+            "This family cannot start from an adapter",
+            format!("{} starts from fresh adapters only ({}).", self.id(), file.display()),
+        ))
+    }
+
     /// Steps, memory, warnings for resolved hyperparameters.
     fn plan(
         &self,

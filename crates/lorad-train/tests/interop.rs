@@ -306,6 +306,7 @@ fn spec(case: &Case, base: &Path, dir: &Path) -> AttemptSpec {
         threads: None,
         cache: lorad_proto::spec::Cache::default(),
         attempt_dir: dir.to_owned(),
+        init_adapter: None,
         resume_from: None,
     }
 }

@@ -7,6 +7,7 @@ mod adapter;
 mod formats;
 mod merged;
 mod metadata;
+pub mod read;
 mod receipt;
 mod tensors;
 

@@ -110,6 +110,7 @@ fn spec(dir: &Path) -> AttemptSpec {
         threads: None,
         cache: lorad_proto::spec::Cache::default(),
         attempt_dir: path,
+        init_adapter: None,
         resume_from: None,
     }
 }

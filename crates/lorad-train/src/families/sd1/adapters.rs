@@ -1,15 +1,18 @@
 //! Which modules of the UNet get an adapter, and of what size.
 
+use std::path::Path;
+
 use candle_core::Device;
 use lorad_proto::problem::{FieldError, Problem};
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::{keys::Part, unet::adaptable_modules, weights::BaseFolder};
 use crate::{
     Result,
+    export::read::read_adapter,
     lora::{
-        AdapterSet,
+        Adapter, AdapterSet,
         init::{self, LoraInit},
         target::{TargetModules, is_convolution, pattern},
     },
@@ -196,6 +199,131 @@ impl AdapterSettings {
     }
 }
 
+/// Settings that an adapter to start from decides.
+const DECIDED: [&str; 10] = [
+    "lora_rank",
+    "lora_alpha",
+    "use_rslora",
+    "conv_rank",
+    "conv_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_dora",
+    "init_lora_weights",
+    "target_modules",
+];
+
+/// Resolved hyperparameters with the modules, ranks and alphas of the adapter in `file`.
+///
+/// # Errors
+/// `init_adapter.…`: a file that does not fit the base, or `given` hyperparameters that the file decides.
+pub(super) fn adopt(
+    base: &BaseFolder,
+    file: &Path,
+    given: &Map<String, Value>,
+    hyperparameters: &mut Map<String, Value>,
+) -> Result<()> {
+    let decided = |name: &&&str| given.get(**name).is_some_and(|v| !v.is_null());
+    let errors: Vec<FieldError> = DECIDED
+        .iter()
+        .filter(decided)
+        .map(|name| {
+            let detail = format!("the adapter to start from decides {name}; leave it out");
+            FieldError::new(format!("/hyperparameters/{name}"), "contradiction", detail)
+        })
+        .collect();
+    if !errors.is_empty() {
+        let detail = format!("{} of the hyperparameters are decided by the file", errors.len());
+        return Err(Problem::new(
+            "init_adapter.contradiction",
+            "The adapter to start from excludes some options",
+            detail,
+        )
+        .with_errors(errors)
+        .into());
+    }
+    let stored = read_adapter(file, "unet", &modules(base)?)?;
+    let inner = |path: &String| path.trim_start_matches("unet.").to_owned();
+    let (convolutions, others): (Vec<_>, Vec<_>) = stored
+        .modules
+        .iter()
+        .partition(|(path, _)| is_convolution(&inner(path)));
+    let unfit = |what: &str| {
+        let detail = format!("{}: {what}.", file.display());
+        Problem::new("init_adapter.no_fit", "The adapter to start from does not fit", detail)
+    };
+    if others.is_empty() {
+        return Err(unfit("it adapts convolutions only; lorad trains those beside layers of transformers").into());
+    }
+    let with_magnitudes = stored.modules.values().filter(|a| a.magnitude.is_some()).count();
+    if with_magnitudes % stored.modules.len() != 0 {
+        return Err(unfit("some of its modules are DoRA and some are not; lorad trains one kind at a time").into());
+    }
+    let (mut ranks, mut alphas) = (Map::new(), Map::new());
+    let mut put = |names: (&str, &str), group: &[(&String, &Adapter)]| {
+        let size = |(_, adapter): &(&String, &Adapter)| (adapter.rank(), adapter.alpha);
+        let (rank, alpha) = group.first().map_or((0, 0.0), size);
+        hyperparameters.insert(names.0.to_owned(), json!(rank));
+        hyperparameters.insert(names.1.to_owned(), if rank == 0 { Value::Null } else { json!(alpha) });
+        for (path, adapter) in group {
+            if adapter.rank() != rank {
+                ranks.insert(inner(path), json!(adapter.rank()));
+            }
+            if adapter.alpha.to_bits() != alpha.to_bits() {
+                alphas.insert(inner(path), json!(adapter.alpha));
+            }
+        }
+    };
+    put(("lora_rank", "lora_alpha"), &others);
+    put(("conv_rank", "conv_alpha"), &convolutions);
+    let targets: Vec<String> = others.iter().map(|(path, _)| inner(path)).collect();
+    for (name, value) in [
+        ("rank_pattern", Value::Object(ranks)),
+        ("alpha_pattern", Value::Object(alphas)),
+        ("use_dora", json!(with_magnitudes > 0)),
+        ("use_rslora", json!(false)),
+        ("target_modules", json!(targets)),
+    ] {
+        hyperparameters.insert(name.to_owned(), value);
+    }
+    Ok(())
+}
+
+/// Gives fresh adapters the values of the adapter in `file`, whose sizes [`adopt`] has put into the settings. Returns the
+/// number of modules that the file does not have: they start at zero.
+///
+/// # Errors
+/// `init_adapter.…`: a file that is not the one that was adopted.
+pub(super) fn start_from(set: &AdapterSet, base: &BaseFolder, file: &Path) -> Result<usize> {
+    let stored = read_adapter(file, "unet", &modules(base)?)?;
+    for (path, from) in &stored.modules {
+        let to = set.modules.get(path);
+        let same = |to: &&Adapter| {
+            (to.alpha - from.alpha).abs() <= 1e-9 * to.alpha
+                && to.tensors().count() == from.tensors().count()
+                && to
+                    .tensors()
+                    .zip(from.tensors())
+                    .all(|((_, a), (_, b))| a.dims() == b.dims())
+        };
+        let Some(to) = to.filter(same) else {
+            let detail = format!(
+                "{}: {path} has another size than when the job was made.",
+                file.display()
+            );
+            return Err(
+                Problem::new("init_adapter.changed", "The adapter to start from has changed", detail)
+                    .with_hint("Submit the job again.")
+                    .into(),
+            );
+        };
+        for ((_, to), (_, from)) in to.tensors().zip(from.tensors()) {
+            to.set(&from.as_detached_tensor().to_device(to.device())?)?;
+        }
+    }
+    Ok(set.modules.len() - stored.modules.len())
+}
+
 /// Settings that exclude each other.
 pub(super) fn contradictions(given: &Map<String, Value>) -> Vec<FieldError> {
     let mut errors = Vec::new();
@@ -242,10 +370,6 @@ fn no_match(details: &[String]) -> Problem {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use std::path::Path;
-
-    use serde_json::json;
-
     use super::*;
 
     fn choose(given: &Value) -> Result<Vec<Chosen>, Problem> {

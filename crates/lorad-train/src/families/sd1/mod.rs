@@ -138,6 +138,17 @@ impl Family for Sd1 {
         )
     }
 
+    fn adopt_adapter(
+        &self,
+        dir: &Path,
+        file: &Path,
+        given: &Map<String, Value>,
+        hyperparameters: &mut Map<String, Value>,
+    ) -> Result<(), Problem> {
+        let base = BaseFolder::open(dir)?;
+        adapters::adopt(&base, file, given, hyperparameters).map_err(crate::TrainError::into_problem)
+    }
+
     fn plan(
         &self,
         dir: &Path,

@@ -192,6 +192,18 @@ impl Sd1Task {
         let adapters = settings
             .adapters
             .fresh(&base, settings.mixed_precision.weight_type(), settings.seed, device)?;
+        // A checkpoint holds everything.
+        if let Some(file) = spec.init_adapter.as_ref().filter(|_| spec.resume_from.is_none()) {
+            let fresh = super::adapters::start_from(&adapters, &base, file)?;
+            let n = adapters.modules.len() - fresh;
+            let rest = if fresh > 0 {
+                format!("; {fresh} more are new")
+            } else {
+                String::new()
+            };
+            reporter.log(Level::Info, &format!("starting from an adapter of {n} modules{rest}"));
+        }
+        let dtype = settings.mixed_precision.weight_type();
         let unet = UNet2DConditionModel::load_as(&base, device, &adapters, dtype)?;
         let batch = settings.batch_size as u64;
         let trainable = adapters.named_vars().iter().map(|(_, v)| v.elem_count() as u64).sum();
