@@ -130,8 +130,12 @@ pub fn json_schema(title: &str, fields: &[&Field]) -> Value {
             Kind::Choice(words) => json!({"type": "string", "enum": words}),
             Kind::Text { max_chars } => json!({"type": "string", "minLength": 1, "maxLength": max_chars}),
             Kind::Patterns { min, max, whole } => {
-                let kind = if *whole { "integer" } else { "number" };
-                json!({"type": "object", "additionalProperties": {"type": kind, "minimum": min, "maximum": max}})
+                let value = if *whole {
+                    json!({"type": "integer", "minimum": *min as u64, "maximum": *max as u64})
+                } else {
+                    json!({"type": "number", "minimum": min, "maximum": max})
+                };
+                json!({"type": "object", "additionalProperties": value})
             }
             Kind::Targets => json!({"oneOf": [
                 {"type": "string", "minLength": 1},

@@ -22,7 +22,7 @@ use lorad_train::{
     },
     lora::{Adapter, AdapterSet},
     optim::{AdamWConfig, OptimizerConfig},
-    step::{StepConfig, Stepper},
+    step::{StepConfig, StepOutcome, Stepper},
 };
 use serde::Deserialize;
 
@@ -86,11 +86,7 @@ fn check(pipeline: &str) -> usize {
     inputs.extend(load("loss-inputs.safetensors"));
     let initial = load("loss-initial.safetensors");
     for (name, curve) in &file.curves {
-        let worst = follow(pipeline, name, &file, curve, &inputs, &initial);
-        println!(
-            "{pipeline} {name}: worst relative error: loss {:.1e}, grad_norm {:.1e}",
-            worst.0, worst.1
-        );
+        follow(pipeline, name, &file, curve, &inputs, &initial);
     }
     // Options that change nothing would follow the plain curve.
     let curves: Vec<&Curve> = file.curves.values().collect();
@@ -107,7 +103,7 @@ fn check(pipeline: &str) -> usize {
     curves.len()
 }
 
-fn follow(pipeline: &str, name: &str, file: &File, curve: &Curve, inputs: &Tensors, initial: &Tensors) -> (f64, f64) {
+fn follow(pipeline: &str, name: &str, file: &File, curve: &Curve, inputs: &Tensors, initial: &Tensors) {
     let base = BaseFolder::open(&support::base_folder(pipeline)).unwrap();
     let mut schedule = NoiseSchedule::from_config(&base.scheduler_config()).unwrap();
     if curve.options.zero_terminal_snr {
@@ -116,28 +112,38 @@ fn follow(pipeline: &str, name: &str, file: &File, curve: &Curve, inputs: &Tenso
     let adapters = adapters(file, initial);
     let unet = UNet2DConditionModel::load(&base, &Device::Cpu, &adapters).unwrap();
     let mut stepper = Stepper::new(&adapters, step_config(file.max_grad_norm)).unwrap();
-    let mut worst = (0.0_f64, 0.0_f64);
-    for step in 0..curve.loss.len() {
+    let expected = (curve.loss.as_slice(), curve.grad_norm.as_slice());
+    compare(&format!("{pipeline} {name}"), expected, |step| {
         let batch = batch(&curve.options, inputs, step);
         let loss = denoising_loss(&unet, &schedule, &curve.options.loss, &batch);
-        let outcome = stepper
+        stepper
             .step(file.learning_rate, [loss.map(|l| (l, 1.0)).map_err(Into::into)])
-            .unwrap();
+            .unwrap()
+    });
+}
+
+/// Takes a step for each expected loss and gradient norm.
+fn compare(name: &str, expected: (&[f64], &[f64]), mut take: impl FnMut(usize) -> StepOutcome) {
+    assert_eq!((expected.0.len(), expected.1.len()), (50, 50));
+    let mut worst = (0.0_f64, 0.0_f64);
+    for (step, (&loss, &grad_norm)) in expected.0.iter().zip(expected.1).enumerate() {
+        let outcome = take(step);
         let close = |what: &str, found: f64, expected: f64| {
             let error = (found - expected).abs() / expected.abs();
             assert!(
                 error <= TOLERANCE,
-                "{pipeline} {name} step {}: {what} {found}, the reference has {expected}",
+                "{name} step {}: {what} {found}, the reference has {expected}",
                 step + 1
             );
             error
         };
-        worst.0 = worst.0.max(close("loss", outcome.loss, curve.loss[step]));
-        worst.1 = worst
-            .1
-            .max(close("grad_norm", outcome.grad_norm, curve.grad_norm[step]));
+        worst.0 = worst.0.max(close("loss", outcome.loss, loss));
+        worst.1 = worst.1.max(close("grad_norm", outcome.grad_norm, grad_norm));
     }
-    worst
+    println!(
+        "{name}: worst relative error: loss {:.1e}, grad_norm {:.1e}",
+        worst.0, worst.1
+    );
 }
 
 fn step_config(max_grad_norm: f64) -> StepConfig {

@@ -402,27 +402,6 @@ fn an_adapter_that_does_not_fit_and_options_that_it_decides_are_named() {
     assert_eq!(problem.code, "init_adapter.changed");
 }
 
-/// Dropout belongs to the sample, not to the batch that it is in.
-#[test]
-fn dropout_does_not_depend_on_the_batch_layout() {
-    let root = tempfile::tempdir().unwrap();
-    let losses = |name: &str, batch: u64, accumulation: u64| {
-        let changes = json!({
-            "batch_size": batch, "gradient_accumulation_steps": accumulation, "learning_rate": 1e-3, "lora_dropout": 0.5,
-            "conv_rank": 2, "max_train_steps": 4,
-        });
-        let spec = spec(root.path(), name, &changes);
-        let log = Recorder::default();
-        assert!(matches!(run(&spec, &log), WorkerEvent::Done { .. }));
-        log.losses()
-    };
-    let (parts, whole) = (losses("parts", 1, 4), losses("whole", 4, 1));
-    assert_eq!((parts.len(), whole.len()), (4, 4));
-    for ((step, a), (_, b)) in parts.iter().zip(&whole) {
-        assert!((a - b).abs() <= 1e-5 * b, "step {step}: {a} in parts, {b} as a whole");
-    }
-}
-
 #[test]
 fn gradient_checkpointing_is_used_and_changes_nothing() {
     let root = tempfile::tempdir().unwrap();
@@ -437,20 +416,29 @@ fn gradient_checkpointing_is_used_and_changes_nothing() {
     assert!(on == off, "checkpointing changed the result");
 }
 
+/// Also with dropout, which belongs to the sample and not to the batch that it is in.
 #[test]
 fn four_micro_batches_of_two_equal_one_batch_of_eight() {
     let root = tempfile::tempdir().unwrap();
-    let losses = |name: &str, batch: u64, accumulation: u64| {
-        let changes = json!({"batch_size": batch, "gradient_accumulation_steps": accumulation, "learning_rate": 1e-3});
-        let spec = spec(root.path(), name, &changes);
-        let log = Recorder::default();
-        assert!(matches!(run(&spec, &log), WorkerEvent::Done { .. }));
-        log.losses()
-    };
-    let (parts, whole) = (losses("parts", 2, 4), losses("whole", 8, 1));
-    assert_eq!((parts.len(), whole.len()), (8, 8));
-    for ((step, a), (_, b)) in parts.iter().zip(&whole) {
-        assert!((a - b).abs() <= 1e-5 * b, "step {step}: {a} in parts, {b} as a whole");
+    for (kind, dropout, conv_rank) in [("plain", 0.0, 0), ("dropped", 0.5, 2)] {
+        let losses = |name: &str, batch: u64, accumulation: u64| {
+            let changes = json!({
+                "batch_size": batch, "gradient_accumulation_steps": accumulation, "learning_rate": 1e-3,
+                "lora_dropout": dropout, "conv_rank": conv_rank,
+            });
+            let spec = spec(root.path(), &format!("{kind}-{name}"), &changes);
+            let log = Recorder::default();
+            assert!(matches!(run(&spec, &log), WorkerEvent::Done { .. }));
+            log.losses()
+        };
+        let (parts, whole) = (losses("parts", 2, 4), losses("whole", 8, 1));
+        assert_eq!((parts.len(), whole.len()), (8, 8));
+        for ((step, a), (_, b)) in parts.iter().zip(&whole) {
+            assert!(
+                (a - b).abs() <= 1e-5 * b,
+                "{kind} step {step}: {a} in parts, {b} as a whole"
+            );
+        }
     }
 }
 

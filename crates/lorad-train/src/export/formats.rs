@@ -110,7 +110,7 @@ fn insert_magnitude(file: &mut TensorFile, module: &str, factors: &Factors) {
 }
 
 /// `adapter_config.json`. Target modules are whole paths, so that nothing else can match.
-pub(super) fn peft_config(adapter: &HostAdapter, base_model: &str, init: &Value) -> Value {
+pub(super) fn peft_config(adapter: &HostAdapter, base_model: &str, init: &Value, dropout: f64) -> Value {
     let targets: Vec<&str> = adapter.modules.keys().map(|m| inner(m)).collect();
     let others = |differs: &dyn Fn(&Factors) -> Option<Value>| -> Map<String, Value> {
         let found = adapter
@@ -123,7 +123,7 @@ pub(super) fn peft_config(adapter: &HostAdapter, base_model: &str, init: &Value)
     let alpha_pattern = others(&|f| (f.alpha != adapter.alpha).then(|| number(f.alpha)));
     json!({
         "peft_type": "LORA", "task_type": null, "base_model_name_or_path": base_model, "inference_mode": true,
-        "r": adapter.rank, "lora_alpha": number(adapter.alpha), "lora_dropout": 0.0, "bias": "none",
+        "r": adapter.rank, "lora_alpha": number(adapter.alpha), "lora_dropout": dropout, "bias": "none",
         "fan_in_fan_out": false, "use_rslora": false, "use_dora": adapter.is_dora(), "modules_to_save": null,
         "init_lora_weights": init, "target_modules": targets, "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,

@@ -172,6 +172,7 @@ fn config(job: &ExportJob<'_>) -> Value {
         "job_id": spec.job_id, "name": spec.job_name, "family": spec.family, "base_model": spec.base_model.id,
         "dataset_id": spec.dataset.id, "hyperparameters": spec.hyperparameters, "sampling": spec.sampling,
         "export": spec.export, "device": spec.device, "steps": job.context.steps, "epoch": job.context.epoch,
+        "init_adapter": spec.init_adapter.as_ref().and_then(|file| file.file_name()?.to_str()),
         "started_at_ms": job.context.started_at_ms, "lorad_version": env!("CARGO_PKG_VERSION"),
     })
 }
@@ -189,7 +190,8 @@ fn peft_zip(adapter: &HostAdapter, job: &ExportJob<'_>) -> Result<Vec<u8>> {
         Some(Value::String(_)) => json!(true),
         _ => json!("gaussian"),
     };
-    let config = formats::peft_config(adapter, &spec.base_model.id, &init);
+    let dropout = spec.hyperparameters.get("lora_dropout").and_then(Value::as_f64);
+    let config = formats::peft_config(adapter, &spec.base_model.id, &init, dropout.unwrap_or(0.0));
     let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
     for (name, bytes) in [
         ("adapter_config.json", json_bytes(&config)),

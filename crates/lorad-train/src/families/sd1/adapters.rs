@@ -372,8 +372,12 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    fn choose(given: &Value) -> Result<Vec<Chosen>, Problem> {
-        let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny-sd1/model");
+    fn base() -> BaseFolder {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny-sd1/model");
+        BaseFolder::open(&folder).unwrap()
+    }
+
+    fn settings(given: &Value) -> AdapterSettings {
         let mut settings = json!({
             "lora_rank": 16, "lora_alpha": 8.0, "use_rslora": false, "conv_rank": 0, "conv_alpha": null,
             "rank_pattern": {}, "alpha_pattern": {}, "use_dora": false, "lora_dropout": 0.0,
@@ -382,7 +386,23 @@ mod tests {
         for (name, value) in given.as_object().unwrap() {
             settings[name] = value.clone();
         }
-        AdapterSettings::from_resolved(settings.as_object().unwrap())?.choose(&BaseFolder::open(&base).unwrap())
+        AdapterSettings::from_resolved(settings.as_object().unwrap()).unwrap()
+    }
+
+    fn choose(given: &Value) -> Result<Vec<Chosen>, Problem> {
+        settings(given).choose(&base())
+    }
+
+    #[test]
+    fn the_plan_counts_every_value_of_every_kind_of_adapter() {
+        for use_dora in [false, true] {
+            let given =
+                json!({"conv_rank": 3, "use_dora": use_dora, "rank_pattern": {"to_k": 5}, "target_modules": ".*"});
+            let settings = settings(&given);
+            let set = settings.fresh(&base(), WeightType::F32, 1, &Device::Cpu).unwrap();
+            let values: usize = set.named_vars().iter().map(|(_, var)| var.elem_count()).sum();
+            assert_eq!(settings.params(&settings.choose(&base()).unwrap()), values as u64);
+        }
     }
 
     fn scales(chosen: &[Chosen]) -> Vec<f64> {
