@@ -75,6 +75,17 @@ impl Catalog for TrainerCatalog {
         imp::resolve(family, base, given)
     }
 
+    fn adopt_adapter(
+        &self,
+        family: &str,
+        base_path: &Path,
+        file: &Path,
+        given: &Map<String, Value>,
+        hyperparameters: &mut Map<String, Value>,
+    ) -> Result<(), Problem> {
+        imp::adopt_adapter(family, base_path, file, given, hyperparameters)
+    }
+
     fn plan(
         &self,
         family: &str,
@@ -192,6 +203,16 @@ mod imp {
             .resolve(base, given)
     }
 
+    pub(super) fn adopt_adapter(
+        family: &str,
+        base_path: &Path,
+        file: &Path,
+        given: &Map<String, Value>,
+        hyperparameters: &mut Map<String, Value>,
+    ) -> Result<(), Problem> {
+        families::by_id(family)?.adopt_adapter(base_path, file, given, hyperparameters)
+    }
+
     pub(super) fn plan(
         family: &str,
         base_path: &Path,
@@ -255,6 +276,16 @@ mod imp {
     ) -> Result<Map<String, Value>, Vec<FieldError>> {
         let problem = not_built();
         Err(vec![FieldError::new("", problem.code, problem.detail)])
+    }
+
+    pub(super) fn adopt_adapter(
+        _: &str,
+        _: &Path,
+        _: &Path,
+        _: &Map<String, Value>,
+        _: &mut Map<String, Value>,
+    ) -> Result<(), Problem> {
+        Err(not_built())
     }
 
     pub(super) fn plan(

@@ -127,6 +127,9 @@ pub(crate) struct Train {
     /// A hyperparameter, e.g. `lora_rank=16`; may be repeated.
     #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
     pub(crate) set: Vec<(String, serde_json::Value)>,
+    /// An adapter to start from: a diffusers or kohya file, or a PEFT folder or archive. Modules, ranks and alphas are its own.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) init_adapter: Option<PathBuf>,
     /// A prompt to draw before, during and after training; may be repeated.
     #[arg(long)]
     pub(crate) prompt: Vec<String>,

@@ -108,6 +108,7 @@ fn allowed(schema: &Value) -> String {
     let kind = match &schema["type"] {
         Value::Array(kinds) => kinds.iter().map(text).collect::<Vec<_>>().join(" or "),
         Value::String(kind) if kind == "array" => "list".to_owned(),
+        Value::String(kind) if kind == "object" => format!("map to {}", allowed(&schema["additionalProperties"])),
         kind => text(kind),
     };
     if range.is_empty() {

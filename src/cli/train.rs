@@ -35,7 +35,18 @@ pub(crate) fn run(args: &Train) -> Result<Exit> {
     start_again_for_the_allocator();
     let (base_id, base_dir) = models::locate(&args.base, &args.settings)?;
     let base = TrainerCatalog.inspect_base(&base_dir)?;
-    let hyperparameters = resolve(&base, &args.set)?;
+    let given = given(&args.set)?;
+    let mut hyperparameters = resolve(&base, &given)?;
+    let init_adapter = match &args.init_adapter {
+        Some(file) => {
+            let file = file
+                .canonicalize()
+                .with_context(|| format!("find {}", file.display()))?;
+            TrainerCatalog.adopt_adapter(&base.family, &base_dir, &file, &given, &mut hyperparameters)?;
+            Some(file)
+        }
+        None => None,
+    };
 
     fs::create_dir_all(&args.out).with_context(|| format!("create {}", args.out.display()))?;
     let out = args
@@ -102,6 +113,7 @@ pub(crate) fn run(args: &Train) -> Result<Exit> {
             max_bytes: super::config::load(&args.settings, &[])?.storage.cache_bytes,
         },
         attempt_dir: attempt_dir.clone(),
+        init_adapter,
         resume_from: None,
     };
     let metrics = match &args.metrics {
@@ -129,15 +141,20 @@ fn start_again_for_the_allocator() {
     }
 }
 
-/// Defaults filled in, every wrong option named.
-fn resolve(base: &BaseModelInfo, set: &[(String, Value)]) -> Result<Map<String, Value>> {
+/// What `--set` says.
+fn given(set: &[(String, Value)]) -> Result<Map<String, Value>> {
     let mut given = Map::new();
     for (name, value) in set {
         if given.insert(name.clone(), value.clone()).is_some() {
             bail!("--set {name} is given twice");
         }
     }
-    TrainerCatalog.resolve(&base.family, base, &given).map_err(|errors| {
+    Ok(given)
+}
+
+/// Defaults filled in, every wrong option named.
+fn resolve(base: &BaseModelInfo, given: &Map<String, Value>) -> Result<Map<String, Value>> {
+    TrainerCatalog.resolve(&base.family, base, given).map_err(|errors| {
         Problem::new(
             "hyperparameters.invalid",
             "Some options are wrong",

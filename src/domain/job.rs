@@ -337,6 +337,25 @@ pub struct Job {
     pub summary: Map<String, Value>,
 }
 
+/// A result file of another job that a job starts from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InitFrom {
+    /// The job that made it.
+    pub job_id: JobId,
+    /// Its name among that job's files.
+    pub file: String,
+}
+
+impl Job {
+    /// The adapter that the job starts from, if its request names one.
+    pub fn init_from(&self) -> Option<InitFrom> {
+        let init = self.request.get("init_from")?;
+        let file = init.get("file")?.as_str()?.to_owned();
+        let job_id = init.get("job_id")?.as_str()?.parse().ok()?;
+        super::artifact::is_plain_file_name(&file).then_some(InitFrom { job_id, file })
+    }
+}
+
 /// What a user may change about a job.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct JobPatch {

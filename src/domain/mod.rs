@@ -16,7 +16,7 @@ pub use attempt::{Ended, Exit, Outcome, RetryLimits};
 pub use dataset::Dataset;
 pub use event::{EventKind, JobEvent, Progress};
 pub use id::{DatasetId, IdError, JobId, ModelId};
-pub use job::{Action, CancelMode, Change, Desired, IllegalChange, Job, JobPatch, JobStatus, NewJob};
+pub use job::{Action, CancelMode, Change, Desired, IllegalChange, InitFrom, Job, JobPatch, JobStatus, NewJob};
 pub use metric::{Bucket, MetricRow, Series, downsample};
 pub use model::{Model, ModelKind};
 

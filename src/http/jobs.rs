@@ -20,6 +20,7 @@ use super::{
     body::{self, Fields},
     dto::{self, List, job_id, rfc3339},
     error::{ApiError, ApiResult, Code, ProblemDto},
+    init_from::InitFromDto,
 };
 use crate::{
     app::App,
@@ -61,6 +62,8 @@ pub(super) struct JobDto {
     /// Every hyperparameter of the family, defaults filled in.
     #[schema(value_type = Object)]
     pub hyperparameters: Map<String, Value>,
+    /// The adapter that it starts from.
+    pub init_from: Option<InitFromDto>,
     /// Sample pictures.
     pub sampling: SamplingDto,
     /// Extra results.
@@ -307,6 +310,7 @@ impl JobDto {
             dataset,
             family: job.family.clone(),
             hyperparameters: job.hyperparameters.clone(),
+            init_from: job.init_from().map(Into::into),
             sampling: (&job.sampling).into(),
             export: (&job.export).into(),
             plan: (&job.plan).into(),

@@ -12,6 +12,7 @@ mod families;
 mod files;
 mod guard;
 mod health;
+mod init_from;
 mod jobs;
 pub(crate) mod listen;
 mod metrics;

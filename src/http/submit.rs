@@ -24,6 +24,7 @@ use super::{
     datasets,
     dto::job_id,
     error::{ApiError, ApiResult, Code, ProblemDto},
+    init_from::{self, InitFromDto},
     jobs::{DatasetRefDto, ExportDto, JobDto, PlanDto, SamplingDto, notes},
 };
 use crate::{
@@ -50,6 +51,8 @@ pub(super) struct JobRequestDto {
     /// Left out ones get the family's defaults.
     #[schema(value_type = Option<Object>)]
     pub hyperparameters: Option<Map<String, Value>>,
+    /// An adapter to start from.
+    pub init_from: Option<InitFromDto>,
     /// Sample pictures before, during and after training.
     pub sampling: Option<SamplingDto>,
     /// Extra results.
@@ -388,12 +391,14 @@ async fn check(app: &App, request: Value, dataset: DatasetOf<'_>, parent: Option
     };
     let given = fields.object("hyperparameters").unwrap_or_default();
     let (sampling, export) = (fields.object("sampling"), fields.object("export"));
+    let init_from = fields.object("init_from");
     let tags = fields.labels("tags", 32, 64).unwrap_or_default();
     let notes = notes(&mut fields).unwrap_or_default();
     let priority = fields.integer("priority", -1000..=1000).unwrap_or(0);
     fields.finish();
     let sampling = sampling_of(sampling.unwrap_or_default(), &mut errors);
     let export = export_of(export.unwrap_or_default(), &mut errors);
+    let init_from = init_from::find(app, init_from, &mut errors).await?;
     let hyperparameters =
         model.as_ref().and_then(
             |model| match app.catalog.resolve(&model.info.family, &model.info, &given) {
@@ -412,6 +417,10 @@ async fn check(app: &App, request: Value, dataset: DatasetOf<'_>, parent: Option
     }
     let (Some(name), Some(model), Some(hyperparameters)) = (name, model, hyperparameters) else {
         return Err(ApiError::internal("a field is missing without a fault"));
+    };
+    let hyperparameters = match init_from {
+        Some(file) => init_from::adopt(app, &model, file, given, hyperparameters).await?,
+        None => hyperparameters,
     };
     let Some(dataset) = found else {
         return Ok(Checked::WithoutDataset);

@@ -106,7 +106,11 @@ async fn start(
         dir: Some(app.data.cache()),
         max_bytes: app.config.storage.cache_bytes,
     };
-    let prepare = move || write_spec(&spec(claimed, device, threads, cache));
+    let init_adapter = claimed
+        .job
+        .init_from()
+        .map(|init| app.data.artifacts().join(init.job_id.to_string()).join(init.file));
+    let prepare = move || write_spec(&spec(claimed, device, threads, cache, init_adapter));
     tokio::task::spawn_blocking(prepare)
         .await
         .map_err(std::io::Error::other)??;
@@ -125,7 +129,7 @@ async fn start(
 }
 
 /// What the worker is told. Reads checkpoints, so it may take long.
-fn spec(claimed: Claimed, device: String, threads: u64, cache: Cache) -> AttemptSpec {
+fn spec(claimed: Claimed, device: String, threads: u64, cache: Cache, init_adapter: Option<PathBuf>) -> AttemptSpec {
     let job = claimed.job;
     AttemptSpec {
         protocol: PROTOCOL_VERSION,
@@ -151,6 +155,7 @@ fn spec(claimed: Claimed, device: String, threads: u64, cache: Cache) -> Attempt
         },
         cache,
         attempt_dir: claimed.dir,
+        init_adapter,
         resume_from: newest_intact(&claimed.checkpoints),
     }
 }

@@ -323,6 +323,58 @@ async fn one_request_brings_archive_and_job_and_its_results_download_in_parts() 
     );
     let lines = client.get_bytes(&format!("/jobs/{id}/metrics?format=ndjson")).await;
     assert_eq!(String::from_utf8(lines).unwrap().lines().count(), 4);
+
+    go_on_from(&client, &done).await;
+}
+
+/// Starts jobs from the results of `done`: those that name what is not there are refused, one trains on.
+async fn go_on_from(client: &Client, done: &Value) {
+    let id = done["id"].as_str().unwrap();
+    let mut job = demo_job(client).await;
+    job["hyperparameters"] = json!({"max_train_steps": 1, "batch_size": 1});
+    let init = |job_id: &str, file: &str| json!({"job_id": job_id, "file": file});
+    for (init_from, rank, pointer) in [
+        (
+            init("job_0", "pytorch_lora_weights.safetensors"),
+            None,
+            "/init_from/job_id",
+        ),
+        (init(id, "../../lorad.db"), None, "/init_from/file"),
+        (init(id, "receipt.json"), None, "/init_from/file"),
+        (
+            init(id, "pytorch_lora_weights.safetensors"),
+            Some(4),
+            "/hyperparameters/lora_rank",
+        ),
+    ] {
+        let mut job = job.clone();
+        job["init_from"] = init_from;
+        if let Some(rank) = rank {
+            job["hyperparameters"]["lora_rank"] = json!(rank);
+        }
+        let (status, problem) = client.post("/jobs", &job).await;
+        assert_eq!(
+            (status, &problem["errors"][0]["pointer"]),
+            (422, &json!(pointer)),
+            "{problem:#}"
+        );
+    }
+    job["init_from"] = init(id, "pytorch_lora_weights.safetensors");
+    let (status, made) = client.post("/jobs", &job).await;
+    assert_eq!(status, 201, "{made:#}");
+    assert_eq!(made["init_from"], job["init_from"]);
+    assert_eq!(
+        made["hyperparameters"]["lora_rank"],
+        done["hyperparameters"]["lora_rank"]
+    );
+    let made = client
+        .wait_for(
+            made["id"].as_str().unwrap(),
+            &["succeeded", "failed", "cancelled"],
+            JOB_WITHIN,
+        )
+        .await;
+    assert_eq!(made["status"], "succeeded", "{made:#}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

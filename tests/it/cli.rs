@@ -168,6 +168,29 @@ fn train_writes_its_results_pictures_and_figures_and_removes_its_working_folder(
             .flatten()
             .all(|entry| !entry.file_name().to_string_lossy().starts_with('.'))
     );
+
+    // On from there: the adapter decides about its sizes.
+    let on = |set: &str| {
+        let arguments = [
+            "train",
+            "--base",
+            "demo-icons",
+            "--data",
+            &data,
+            "--out",
+            "on",
+            "--set",
+            set,
+            "--init-adapter",
+            "out/icons-kohya.safetensors",
+        ];
+        lorad(&arguments, folder.path())
+    };
+    let run = on("max_train_steps=1");
+    assert_eq!(run.status.code(), Some(0), "{}", text(&run.stderr));
+    let run = on("lora_rank=4");
+    assert_eq!(run.status.code(), Some(1));
+    assert!(text(&run.stderr).contains("decides lora_rank"), "{}", text(&run.stderr));
 }
 
 #[test]

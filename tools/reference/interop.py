@@ -7,13 +7,17 @@
 
 CASES.json is a list of
     {"name": "...", "base": DIR, "results": DIR, "probe": FILE, "rank": 8, "alpha": 4.0,
-     "target_modules": ["to_q", ...], "merged": true, "text_encoder": false}
+     "target_modules": ["to_q", ...], "sizes": {"mid_block.resnets.0.conv1": [2, 1.0]}, "use_dora": false,
+     "merged": true, "text_encoder": false}
+
+`rank` and `alpha` are those of most modules; `sizes` names the others.
 
 `results` holds `pytorch_lora_weights.safetensors`, one `*-kohya.safetensors`, one `*-peft.zip`, and with `merged` also
 `fine_tuned_model.zip`. `probe` is what lorad itself computed with the adapter that it exported: `sample`, `timesteps`,
 `encoder_hidden_states`, `out` (the UNet's output with the adapter), and the adapter's own tensors under
-`unet.<module>.lora_A.weight` / `.lora_B.weight`. With `text_encoder` the adapter has tensors of the text encoder too,
-`text_encoder.text_model.<module>.…`, and `encoder_hidden_states` is what lorad's own text encoder made of `input_ids` with it.
+`unet.<module>.lora_A.weight` / `.lora_B.weight` / `.lora_magnitude_vector` (with `use_dora`, and then there is no kohya file).
+With `text_encoder` the adapter has tensors of the text encoder too, `text_encoder.text_model.<module>.…`, and
+`encoder_hidden_states` is what lorad's own text encoder made of `input_ids` with it.
 
 One process for all cases: importing torch takes longer than the checks.
 """
@@ -45,7 +49,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipelines import GOLDEN, TARGETS, TEXT_ENCODER_TARGETS, generator, load_pipeline, set_deterministic
+from pipelines import CONVOLUTIONS, GOLDEN, TARGETS, TEXT_ENCODER_TARGETS, generator, load_pipeline, set_deterministic
 
 # transformers 5.24 asks for PEFT 0.22 before it takes an adapter, which was released after it. Loading one needs nothing
 # that 0.21 has not; that it loads the right thing is what is checked here.
@@ -142,6 +146,8 @@ class Case:
         self.base, self.results = Path(spec["base"]), Path(spec["results"])
         self.rank, self.alpha = int(spec["rank"]), float(spec["alpha"])
         self.targets, self.merged = spec["target_modules"], bool(spec["merged"])
+        self.sizes, self.dora = spec.get("sizes", {}), spec.get("use_dora", False)
+        self.parts = ["lora_A.weight", "lora_B.weight"] + ["lora_magnitude_vector"] * self.dora
         self.scratch = scratch
         probe = load_file(spec["probe"])
         self.probe = {k: probe.pop(k) for k in ("sample", "timesteps", "encoder_hidden_states", "out")}
@@ -164,7 +170,7 @@ class Case:
             f"{block}.{child}"
             for block, t in unet.named_modules() if isinstance(t, Transformer2DModel)
             for child, m in t.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))
-        }
+        } | {n for n, _ in unet.named_modules() if n.endswith(tuple(f".{c}" for c in CONVOLUTIONS))}
 
     def one_file(self, pattern: str) -> Path:
         found = list(self.results.glob(pattern))
@@ -174,7 +180,7 @@ class Case:
     def tensor_names(self) -> set[str]:
         """The adapter's tensors by lorad's names, which are those of the diffusers file."""
         modules = [f"unet.{m}" for m in self.modules] + [f"text_encoder.{m}" for m in self.text_modules]
-        return {f"{m}.lora_{x}.weight" for m in modules for x in "AB"}
+        return {f"{m}.{x}" for m in modules for x in self.parts}
 
     def unzip(self, pattern: str, marker: str, count: int = 1) -> Path:
         """Unpacks the archive and returns the folder that holds `marker`: of `count`, the outermost."""
@@ -191,17 +197,35 @@ class Case:
         with torch.no_grad():
             return unet(p["sample"].to(dtype), p["timesteps"], p["encoder_hidden_states"].to(dtype)).sample
 
+    def size(self, module: str) -> tuple[int, float]:
+        """Rank and alpha."""
+        return tuple(self.sizes.get(module, (self.rank, self.alpha)))
+
     def delta(self, module: str, root: str = "unet") -> torch.Tensor:
         """ΔW of the adapter that lorad trained, flattened to two dimensions."""
         a, b = (self.adapter[f"{root}.{module}.lora_{x}.weight"].double().flatten(1) for x in "AB")
-        return self.alpha / self.rank * (b @ a)
+        rank, alpha = self.size(module)
+        return alpha / rank * (b @ a)
+
+    def merged_weight(self, module: str, weight: torch.Tensor, root: str = "unet") -> torch.Tensor:
+        """What does the same as the layer and its adapter, in f64 (DoRA: eq. 5 of the paper)."""
+        merged = weight.double() + self.delta(module, root).reshape(weight.shape)
+        if self.dora:
+            magnitude = self.adapter[f"{root}.{module}.lora_magnitude_vector"].double().flatten()
+            factor = magnitude / merged.flatten(1).norm(dim=1)
+            merged = merged * factor.view(-1, *[1] * (merged.ndim - 1))
+        return merged
 
     def check_probe(self) -> str:
         """The probe itself: complete, and with an adapter that changes the output."""
         require_same_keys("adapter tensors against the target modules", self.adapter, self.tensor_names())
         for n, t in self.adapter.items():
             require(bool(torch.isfinite(t).all()) and t.abs().max() > 0, f"{n} is zero or not finite")
-            require(t.shape[0 if ".lora_A." in n else 1] == self.rank, f"{n}: shape {tuple(t.shape)} is not of rank {self.rank}")
+            module = n.removeprefix("unet.").rsplit(".lora_", 1)[0]
+            rank = self.size(module)[0]
+            if "magnitude" in n:
+                continue
+            require(t.shape[0 if ".lora_A." in n else 1] == rank, f"{n}: shape {tuple(t.shape)} is not of rank {rank}")
         moved = relative_error(self.base_out, self.probe["out"])
         require(moved > 10 * OUTPUT_TOLERANCE, f"the adapter changes the output by {moved:.1e} only: nothing could be told from it")
         if self.text_modules:
@@ -241,6 +265,10 @@ class Case:
             require(adapter in layer.lora_A, f"{n} has no adapter")
             error = relative_error(layer.get_delta_weight(adapter).flatten(1), self.delta(n, root))
             require(error <= DELTA_TOLERANCE, f"{n}: ΔW differs by {error:.2e} relative (scale {layer.scaling[adapter]:g})")
+            require(bool(layer.use_dora[adapter]) == self.dora, f"{n}: DoRA is {layer.use_dora[adapter]}")
+            if self.dora:
+                magnitude = layer.lora_magnitude_vector[adapter].weight
+                require(torch.equal(magnitude, self.adapter[f"{root}.{n}.lora_magnitude_vector"]), f"{n}: magnitudes differ")
 
     # --- the diffusers file ---
 
@@ -259,7 +287,9 @@ class Case:
             require({k.split(".")[0] for k in config} == roots, f"lora_adapter_metadata keys of other models: {some(config)}")
             for root in roots:
                 LoraConfig(**{k.removeprefix(f"{root}."): v for k, v in config.items() if k.startswith(f"{root}.")})
-                require(config.get(f"{root}.r") == self.rank, f"lora_adapter_metadata says r = {config.get(f'{root}.r')}")
+                rank = max(self.size(m)[0] for m in self.modules)  # smaller ones are filled up with zeros
+                require(config.get(f"{root}.use_dora", False) == self.dora, f"lora_adapter_metadata is wrong about {root}.use_dora")
+                require(config.get(f"{root}.r") == rank, f"lora_adapter_metadata says r = {config.get(f'{root}.r')}")
         self.check_shared_metadata(meta, "diffusers file")
         return f"{len(keys)} tensors, {len(meta)} metadata entries"
 
@@ -377,7 +407,7 @@ class Case:
         require(config.get("peft_type") == "LORA", f"peft_type is {config.get('peft_type')}")
         require(config.get("r") == self.rank and config.get("lora_alpha") == self.alpha, "r or lora_alpha differs from the job's")
         file = load_file(folder / "adapter_model.safetensors")
-        names = {f"base_model.model.{m}.lora_{x}.weight" for m in self.modules for x in "AB"}
+        names = {f"base_model.model.{m}.{x}" for m in self.modules for x in self.parts}
         require_same_keys("keys", file, names)
         for k, v in file.items():
             require(torch.equal(v, self.adapter["unet." + k.removeprefix("base_model.model.")]), f"{k} differs from the adapter")
@@ -451,7 +481,7 @@ class Case:
                 require(torch.equal(v, base[k]), f"{k} has no adapter, but differs from the base")
                 continue
             dtypes.add(v.dtype)
-            exact = base[k].double() + self.delta(module, root).reshape(v.shape)
+            exact = self.merged_weight(module, base[k], root)
             # Rounded to nearest once: off by at most half a unit in the last place, plus f32 error of ΔW. Below the
             # smallest normal number a dtype's unit no longer shrinks.
             info = torch.finfo(v.dtype)
@@ -467,9 +497,12 @@ class Case:
         yield "diffusers file: pipe.load_lora_weights", self.check_diffusers_load
         yield "diffusers file: same for a reader that ignores its metadata", self.check_diffusers_without_metadata
         yield "diffusers file: pipe(prompt)", self.check_pipeline_call
-        yield "kohya file: keys, alphas and metadata", self.check_kohya_file
-        yield "kohya file: ComfyUI's name rule", self.check_kohya_rule
-        yield "kohya file: diffusers' converter", self.check_kohya_load
+        if self.dora:
+            yield "kohya file: there is none", lambda: require(not list(self.results.glob("*-kohya*")), "there is one") or "none"
+        else:
+            yield "kohya file: keys, alphas and metadata", self.check_kohya_file
+            yield "kohya file: ComfyUI's name rule", self.check_kohya_rule
+            yield "kohya file: diffusers' converter", self.check_kohya_load
         yield "PEFT folder: PeftModel.from_pretrained", self.check_peft_load
         if self.merged:
             yield "merged folder: plain StableDiffusionPipeline", self.check_merged

@@ -24,15 +24,19 @@ from lion_pytorch import Lion
 from prodigyopt import Prodigy
 from transformers.optimization import Adafactor
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 import single_file
 from pipelines import (
-    DEMO, GOLDEN, REPO, TARGETS, TEXT_ENCODER_TARGETS, generator, load_pipeline, make_tiny_sd1, make_tiny_sd2, set_deterministic,
+    CONVOLUTIONS, DEMO, GOLDEN, REPO, TARGETS, TEXT_ENCODER_TARGETS, generator, load_pipeline, make_tiny_sd1, make_tiny_sd2,
+    set_deterministic,
 )
 
 PIPELINES = ("tiny-sd1", "tiny-sd2", "demo")
-PARTS = ("model", "optim", "tokens", "text", "vae", "unet", "grads", "ddim", "schedule", "curve", "losses", "encoder", "single")
+PARTS = (
+    "model", "optim", "tokens", "text", "vae", "unet", "grads", "ddim", "schedule", "curve", "losses", "encoder", "adapters", "single",
+)
 
 TEXTS = [
     "",
@@ -180,14 +184,17 @@ def make_ddim(pipe, name: str, out: Path) -> None:
 # --- adapters ----------------------------------------------------------------------------------------------------
 
 
-def attach(unet, preset: str, rank: int, alpha: float) -> dict[str, torch.nn.Parameter]:
+def attach(unet, preset: str, rank: int, alpha: float, **options) -> dict[str, torch.nn.Parameter]:
     """Adds a PEFT adapter; returns its tensors by lorad's names (`unet.<module>.lora_A.weight`), sorted."""
-    unet.add_adapter(LoraConfig(
-        r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=TARGETS[preset]))
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=TARGETS[preset])
+    for name, value in options.items():
+        setattr(config, name, value)
+    unet.add_adapter(config)
     params = {
-        "unet." + n.replace(".default.", "."): p for n, p in unet.named_parameters() if p.requires_grad
+        "unet." + n.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector").replace(".default.", "."): p
+        for n, p in unet.named_parameters() if p.requires_grad
     }
-    assert params and all(".lora_A.weight" in n or ".lora_B.weight" in n for n in params)
+    assert params and all(n.endswith((".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")) for n in params)
     return dict(sorted(params.items()))
 
 
@@ -541,6 +548,71 @@ def make_encoder(pipe, name: str, out: Path) -> None:
     save_json(out / "encoder.json", described)
 
 
+# --- 50 steps with other adapters ---------------------------------------------------------------------------------
+
+# Names as in lorad's schema. PEFT knows patterns where lorad has `conv_rank` and `conv_alpha`.
+ADAPTERS = {
+    "tiny-sd1": {
+        "conv": dict(conv_rank=2, conv_alpha=1.0),
+        "dora": dict(use_dora=True),
+        "dora-conv": dict(use_dora=True, conv_rank=2, conv_alpha=1.0),
+        "patterns": dict(
+            rank_pattern={"attn2.to_k": 6, r"mid_block\..*to_q": 2, "to_k": 3}, alpha_pattern={"to_out.0": 1.5, r".*attn1.*": 3.0}),
+    },
+    "tiny-sd2": {
+        "conv": dict(conv_rank=3, conv_alpha=3.0),
+        "dora-conv": dict(use_dora=True, conv_rank=2, conv_alpha=4.0),
+    },
+}
+
+
+def peft_options(options: dict) -> dict:
+    """lorad's adapter options as fields of PEFT's LoraConfig."""
+    out = {k: dict(options.get(k, {})) for k in ("rank_pattern", "alpha_pattern")}
+    if "use_dora" in options:
+        out["use_dora"] = options["use_dora"]
+    if "conv_rank" in options:
+        out["target_modules"] = [*TARGETS["attention"], *CONVOLUTIONS]
+        for name in CONVOLUTIONS:
+            out["rank_pattern"][name], out["alpha_pattern"][name] = options["conv_rank"], options["conv_alpha"]
+    return out
+
+
+def make_adapters(pipe, name: str, out: Path) -> None:
+    if name not in ADAPTERS:
+        return
+    x = curve_inputs(pipe, name)
+    rank, alpha = 4, 8.0
+    described = {"rank": rank, "alpha": alpha, "learning_rate": 1e-3, "max_grad_norm": 1.0, "curves": {}}
+    for curve, options in ADAPTERS[name].items():
+        params = attach(pipe.unet, "attention", rank, alpha, **peft_options(options))
+        g = generator(9)
+        with torch.no_grad():
+            for n, p in params.items():
+                if ".lora_A." in n:  # B is zero, magnitudes are norms
+                    p.copy_(torch.randn(p.shape, generator=g) / p.shape[0])
+        save(out / f"adapters-{curve}.safetensors", {n: p.data for n, p in params.items() if ".lora_B." not in n})
+        sizes = {
+            n: [m.r["default"], m.lora_alpha["default"]] for n, m in pipe.unet.named_modules()
+            if isinstance(m, LoraLayer) and "default" in m.r}
+        optimizer = torch.optim.AdamW(list(params.values()), lr=1e-3, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+        losses, norms = [], []
+        for step in range(CURVE_STEPS):
+            items, t = x["items"][step], x["timesteps"][step]
+            latents, noise = x["latents"][items], x["noise"][step]
+            y = pipe.unet(pipe.scheduler.add_noise(latents, noise, t), t, x["encoder_hidden_states"][items]).sample
+            loss = torch.nn.functional.mse_loss(y, target_of(pipe.scheduler, latents, noise, t))
+            loss.backward()
+            losses.append(loss.item())
+            norms.append(torch.nn.utils.clip_grad_norm_(list(params.values()), 1.0).item())
+            optimizer.step()
+            optimizer.zero_grad()
+        described["curves"][curve] = {"options": options, "sizes": sizes, "loss": losses, "grad_norm": norms}
+        pipe.unet.delete_adapters("default")
+        print(f"  {name} {curve}: {len(sizes)} modules, loss {losses[0]:.4f} -> {losses[-1]:.4f}")
+    save_json(out / "adapters.json", described)
+
+
 # --- the optimizer alone -----------------------------------------------------------------------------------------
 
 
@@ -645,6 +717,7 @@ def make_optim(out: Path) -> None:
 MAKERS = {
     "tokens": make_tokens, "text": make_text, "vae": make_vae, "unet": make_unet, "grads": make_grads,
     "ddim": make_ddim, "schedule": make_schedule, "curve": make_curve, "losses": make_losses, "encoder": make_encoder,
+    "adapters": make_adapters,
 }
 
 

@@ -35,6 +35,9 @@ TARGETS = {
     "transformer": ["ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "to_k", "to_out.0", "to_q", "to_v"],
 }
 
+# What `conv_rank` adapts.
+CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
+
 
 # What lorad adapts in the text encoder, and diffusers' scripts too.
 TEXT_ENCODER_TARGETS = ["k_proj", "out_proj", "q_proj", "v_proj"]

@@ -100,6 +100,19 @@ pub trait Catalog: Send + Sync {
         given: &Map<String, Value>,
     ) -> Result<Map<String, Value>, Vec<FieldError>>;
 
+    /// Puts what an adapter to start from decides (modules, ranks, alphas) into resolved hyperparameters.
+    ///
+    /// # Errors
+    /// A file that does not fit the base; `given` hyperparameters that it decides (pointers from `/hyperparameters`).
+    fn adopt_adapter(
+        &self,
+        family: &str,
+        base_path: &Path,
+        file: &Path,
+        given: &Map<String, Value>,
+        hyperparameters: &mut Map<String, Value>,
+    ) -> Result<(), Problem>;
+
     /// Steps, memory and warnings for resolved hyperparameters.
     ///
     /// # Errors

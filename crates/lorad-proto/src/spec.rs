@@ -42,6 +42,9 @@ pub struct AttemptSpec {
     pub cache: Cache,
     /// Where this attempt works; absolute.
     pub attempt_dir: PathBuf,
+    /// An adapter whose values training starts from; its ranks and modules are in `hyperparameters`.
+    #[serde(default)]
+    pub init_adapter: Option<PathBuf>,
     /// A verified checkpoint directory to continue from.
     #[serde(default)]
     pub resume_from: Option<PathBuf>,

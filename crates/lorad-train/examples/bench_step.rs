@@ -66,12 +66,8 @@ fn adapters(config: &UNetConfig, rank: usize) -> Result<AdapterSet> {
             continue;
         }
         let normal = |shape: Vec<usize>| Var::from_tensor(&Tensor::randn(0_f32, 0.02, shape, &Device::Cpu)?);
-        let adapter = Adapter {
-            a: normal(module.kind.lora_a_shape(rank))?,
-            b: normal(module.kind.lora_b_shape(rank))?,
-            rank,
-            alpha: rank as f64,
-        };
+        let (a, b) = (module.kind.lora_a_shape(rank), module.kind.lora_b_shape(rank));
+        let adapter = Adapter::new(normal(a)?, normal(b)?, rank as f64);
         modules.insert(format!("unet.{}", module.path), adapter);
     }
     Ok(AdapterSet { modules })

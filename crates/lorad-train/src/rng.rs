@@ -33,6 +33,9 @@ pub enum Purpose {
     CaptionShuffle,
     /// Initial values of one adapter tensor; the counter is [`name_counter`] of its name.
     Init,
+    /// What dropout takes from one adapter's input for one training sample; the seed is mixed with [`name_counter`] of the
+    /// layer's path.
+    AdapterDropout,
     /// The order of the items in one epoch.
     Order,
     /// Which items are held out (counter 0), and noise and timestep of one evaluation of one of them (counter from 1).
@@ -56,6 +59,7 @@ impl Purpose {
             Self::CaptionDropout => *b"lorad/cap-drop..",
             Self::CaptionShuffle => *b"lorad/cap-shuf..",
             Self::Init => *b"lorad/init......",
+            Self::AdapterDropout => *b"lorad/lora-drop.",
             Self::Order => *b"lorad/order.....",
             Self::Validation => *b"lorad/validation",
             Self::SelfCheck => *b"lorad/selfcheck.",
@@ -125,6 +129,14 @@ impl Stream {
     /// `n` standard normals.
     pub fn normals(&mut self, n: usize) -> Vec<f32> {
         (0..n).map(|_| self.normal() as f32).collect()
+    }
+
+    /// Each value true with this probability, 32 bits each.
+    pub fn fill_with_chance(&mut self, values: &mut [bool], probability: f64) {
+        let limit = (probability * f64::from(u32::MAX)).round() as u32;
+        for value in values {
+            *value = self.rng.next_u32() <= limit;
+        }
     }
 
     /// A permutation of `0..n`.

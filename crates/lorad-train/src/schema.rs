@@ -88,6 +88,15 @@ pub enum Kind {
     },
     /// A preset's name, a pattern, or a list of names (`target_modules`).
     Targets,
+    /// Values by pattern of module paths.
+    Patterns {
+        /// Least.
+        min: f64,
+        /// Greatest.
+        max: f64,
+        /// Whether values are whole numbers.
+        whole: bool,
+    },
 }
 
 /// Where a form shows a field.
@@ -120,6 +129,14 @@ pub fn json_schema(title: &str, fields: &[&Field]) -> Value {
             Kind::Boolean => json!({"type": "boolean"}),
             Kind::Choice(words) => json!({"type": "string", "enum": words}),
             Kind::Text { max_chars } => json!({"type": "string", "minLength": 1, "maxLength": max_chars}),
+            Kind::Patterns { min, max, whole } => {
+                let value = if *whole {
+                    json!({"type": "integer", "minimum": *min as u64, "maximum": *max as u64})
+                } else {
+                    json!({"type": "number", "minimum": min, "maximum": max})
+                };
+                json!({"type": "object", "additionalProperties": value})
+            }
             Kind::Targets => json!({"oneOf": [
                 {"type": "string", "minLength": 1},
                 {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
@@ -252,6 +269,21 @@ fn check(field: &Field, value: &Value) -> Result<Value, (&'static str, String)> 
             }
             Ok(value.clone())
         }
+        Kind::Patterns { min, max, whole } => {
+            let entries = value
+                .as_object()
+                .ok_or_else(|| wrong_type("an object of patterns and values"))?;
+            for (pattern, value) in entries {
+                crate::lora::target::pattern(pattern).map_err(|detail| ("not_allowed", detail))?;
+                let v = value.as_f64().filter(|v| !whole || v.fract() == 0.0);
+                if !v.is_some_and(|v| (*min..=*max).contains(&v)) {
+                    let number = if *whole { "a whole number" } else { "a number" };
+                    let detail = format!("{value} for {pattern:?} is not {number} from {min} to {max}");
+                    return Err(("out_of_range", detail));
+                }
+            }
+            Ok(value.clone())
+        }
         Kind::Targets => crate::lora::target::TargetModules::parse(value)
             .map(|_| value.clone())
             .map_err(|detail| ("not_allowed", detail)),
@@ -349,6 +381,28 @@ mod tests {
             let errors = resolved(&json!({name: value})).unwrap_err();
             assert_eq!(errors.len(), 1, "{name} = {value}");
         }
+    }
+
+    #[test]
+    fn patterns_carry_values_of_their_range_and_are_patterns() {
+        let ranks = field(
+            "ranks",
+            Kind::Patterns {
+                min: 1.0,
+                max: 64.0,
+                whole: true,
+            },
+            "{}",
+            "",
+            Group::Advanced,
+            "Ranks.",
+        );
+        let code = |value: Value| check(&ranks, &value).map_err(|(code, _)| code);
+        assert!(code(json!({"to_q": 4, r"mid_block\..*": 8})).is_ok());
+        assert_eq!(code(json!({"to_q": 0})), Err("out_of_range"));
+        assert_eq!(code(json!({"to_q": 1.5})), Err("out_of_range"));
+        assert_eq!(code(json!({"(": 4})), Err("not_allowed"));
+        assert_eq!(code(json!(4)), Err("wrong_type"));
     }
 
     #[test]

@@ -71,7 +71,9 @@ pub fn directional_derivative(task: &dyn Task, batch: &MicroBatch) -> Result<Che
         .iter()
         .map(|(_, v)| v.as_detached_tensor().copy())
         .collect::<Result<_, _>>()?;
+    task.hold_constants(true);
     let result = displaced(task, &batch, &vars, &kept);
+    task.hold_constants(false);
     for ((_, var), tensor) in vars.iter().zip(&kept) {
         var.set(tensor)?;
     }
@@ -202,12 +204,8 @@ mod tests {
     impl Toy {
         fn new(backward: Backward) -> Self {
             let a = Tensor::new(&[[0.3_f32, -0.2, 0.5], [0.1, 0.7, -0.4]], &Device::Cpu).unwrap();
-            let adapter = Adapter {
-                a: Var::from_tensor(&a).unwrap(),
-                b: Var::zeros((4, 2), candle_core::DType::F32, &Device::Cpu).unwrap(),
-                rank: 2,
-                alpha: 2.0,
-            };
+            let b = Var::zeros((4, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
+            let adapter = Adapter::new(Var::from_tensor(&a).unwrap(), b, 2.0);
             let mut adapters = AdapterSet::default();
             adapters.modules.insert("m".to_owned(), adapter);
             Self { adapters, backward }

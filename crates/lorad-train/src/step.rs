@@ -183,12 +183,7 @@ mod tests {
     fn adapters() -> AdapterSet {
         let var = |values: &[[f32; 2]; 2]| Var::from_tensor(&Tensor::new(values, &Device::Cpu).unwrap()).unwrap();
         let mut set = AdapterSet::default();
-        let adapter = Adapter {
-            a: var(&[[1.0, 2.0], [3.0, 4.0]]),
-            b: var(&[[0.5, 0.0], [0.0, 0.5]]),
-            rank: 2,
-            alpha: 2.0,
-        };
+        let adapter = Adapter::new(var(&[[1.0, 2.0], [3.0, 4.0]]), var(&[[0.5, 0.0], [0.0, 0.5]]), 2.0);
         set.modules.insert("m".to_owned(), adapter);
         set
     }

@@ -38,6 +38,25 @@ pub trait Family: Sync {
     /// Fills in defaults and checks everything, all errors at once; pointers like `/lora_rank`.
     fn resolve(&self, base: &BaseModelInfo, given: &Map<String, Value>) -> Result<Map<String, Value>, Vec<FieldError>>;
 
+    /// Puts what the adapter in `file` decides (modules, ranks, alphas) into resolved hyperparameters; `given` are those of the
+    /// request. Families that cannot start from an adapter refuse it, if not overridden.
+    ///
+    /// # Errors
+    /// A file that does not fit the base in `dir`; given hyperparameters that the file decides.
+    fn adopt_adapter(
+        &self,
+        _dir: &Path,
+        file: &Path,
+        _given: &Map<String, Value>,
+        _hyperparameters: &mut Map<String, Value>,
+    ) -> Result<(), Problem> {
+        Err(Problem::new(
+            "init_adapter.unsupported",
+            "This family cannot start from an adapter",
+            format!("{} starts from fresh adapters only ({}).", self.id(), file.display()),
+        ))
+    }
+
     /// Steps, memory, warnings for resolved hyperparameters.
     fn plan(
         &self,
@@ -98,6 +117,10 @@ pub trait Task {
     /// Mean loss over the micro-batch, as a tracked scalar (f32). Everything random comes from
     /// `(seed, purpose, sample counter)`.
     fn loss(&self, batch: &MicroBatch) -> Result<Tensor>;
+
+    /// From now on, or no longer: what [`Task::loss`] depends on through the adapter, but its gradient by definition does not
+    /// see, keeps the value of the next call. There is no such thing, if not overridden.
+    fn hold_constants(&self, _hold: bool) {}
 
     /// The loss of a model that always predicts zeros, if it is known: about 1 for a target of unit variance.
     fn trivial_loss(&self) -> Option<f64>;

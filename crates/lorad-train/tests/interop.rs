@@ -26,10 +26,13 @@ use lorad_train::{
         self,
         sd1::{clip::ClipTextModel, unet::UNet2DConditionModel, weights::BaseFolder},
     },
-    lora::{Adapter, AdapterSet},
+    lora::{
+        Adapter, AdapterSet,
+        target::{CONVOLUTIONS, is_convolution},
+    },
     task::Reporter,
 };
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 #[global_allocator]
@@ -49,18 +52,54 @@ struct Case {
     preset: &'static str,
     rank: usize,
     alpha: f64,
+    /// Rank and alpha of convolutions, where they are adapted.
+    conv: Option<(usize, f64)>,
+    use_dora: bool,
     merged: bool,
     text_encoder: bool,
 }
 
+impl Case {
+    fn alpha_of(&self, module: &str) -> f64 {
+        match self.conv {
+            Some((_, alpha)) if is_convolution(module) => alpha,
+            _ => self.alpha,
+        }
+    }
+}
+
 /// alpha differs from rank in all: a format that loses it gives another output.
-const CASES: [Case; 6] = [
+const CASES: [Case; 8] = [
     Case {
         name: "tiny-sd1-transformer",
         base: "tiny-sd1",
         preset: "transformer",
         rank: 4,
         alpha: 2.0,
+        conv: None,
+        use_dora: false,
+        merged: true,
+        text_encoder: false,
+    },
+    Case {
+        name: "tiny-sd1-conv",
+        base: "tiny-sd1",
+        preset: "attention",
+        rank: 3,
+        alpha: 6.0,
+        conv: Some((4, 2.0)),
+        use_dora: false,
+        merged: true,
+        text_encoder: false,
+    },
+    Case {
+        name: "tiny-sd1-dora",
+        base: "tiny-sd1",
+        preset: "transformer",
+        rank: 3,
+        alpha: 6.0,
+        conv: Some((4, 2.0)),
+        use_dora: true,
         merged: true,
         text_encoder: false,
     },
@@ -70,6 +109,8 @@ const CASES: [Case; 6] = [
         preset: "attention",
         rank: 3,
         alpha: 6.0,
+        conv: None,
+        use_dora: false,
         merged: true,
         text_encoder: false,
     },
@@ -79,6 +120,8 @@ const CASES: [Case; 6] = [
         preset: "attention",
         rank: 8,
         alpha: 4.0,
+        conv: None,
+        use_dora: false,
         merged: true,
         text_encoder: false,
     },
@@ -88,6 +131,8 @@ const CASES: [Case; 6] = [
         preset: "transformer",
         rank: 4,
         alpha: 8.0,
+        conv: None,
+        use_dora: false,
         merged: false,
         text_encoder: false,
     },
@@ -97,6 +142,8 @@ const CASES: [Case; 6] = [
         preset: "attention",
         rank: 4,
         alpha: 2.0,
+        conv: None,
+        use_dora: false,
         merged: true,
         text_encoder: true,
     },
@@ -106,6 +153,8 @@ const CASES: [Case; 6] = [
         preset: "transformer",
         rank: 3,
         alpha: 6.0,
+        conv: Some((4, 2.0)),
+        use_dora: true,
         merged: true,
         text_encoder: true,
     },
@@ -165,12 +214,8 @@ fn train_and_probe(case: &Case, dir: &Path) -> Value {
     let WorkerEvent::Done { results } = end else {
         panic!("{}: {end:?}", case.name)
     };
-    let mut expected = vec![
-        ResultKind::Diffusers,
-        ResultKind::Kohya,
-        ResultKind::Peft,
-        ResultKind::Receipt,
-    ];
+    let mut expected = vec![ResultKind::Diffusers, ResultKind::Peft, ResultKind::Receipt];
+    expected.extend((!case.use_dora).then_some(ResultKind::Kohya));
     expected.extend(case.merged.then_some(ResultKind::Merged));
     for kind in expected {
         let file = results
@@ -184,20 +229,29 @@ fn train_and_probe(case: &Case, dir: &Path) -> Value {
 
     let checkpoint = dir.join(format!("checkpoints/{STEPS:08}/adapter.safetensors"));
     let tensors = candle_core::safetensors::load(&checkpoint, &Device::Cpu).unwrap();
+    let sizes: Map<String, Value> = tensors
+        .keys()
+        .filter_map(|name| name.strip_prefix("unet.")?.strip_suffix(".lora_A.weight"))
+        .filter(|module| is_convolution(module))
+        .map(|module| (module.to_owned(), json!(case.conv)))
+        .collect();
     let probe = dir.join("probe.safetensors");
     candle_core::safetensors::save(&probe_tensors(case, &base, tensors), &probe).unwrap();
     json!({
         "name": case.name, "base": base, "results": dir.join("results"), "probe": probe, "rank": case.rank,
-        "alpha": case.alpha, "target_modules": peft_targets(case.preset), "merged": case.merged,
-        "text_encoder": case.text_encoder,
+        "alpha": case.alpha, "target_modules": peft_targets(case), "sizes": sizes, "use_dora": case.use_dora,
+        "merged": case.merged, "text_encoder": case.text_encoder,
     })
 }
 
-/// The presets as PEFT spells them (`tools/reference/pipelines.py`).
-fn peft_targets(preset: &str) -> Vec<&'static str> {
+/// What is adapted, as PEFT spells it (`tools/reference/pipelines.py`).
+fn peft_targets(case: &Case) -> Vec<&'static str> {
     let mut targets = vec!["to_q", "to_k", "to_v", "to_out.0"];
-    if preset == "transformer" {
+    if case.preset == "transformer" {
         targets.extend(["ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]);
+    }
+    if case.conv.is_some() {
+        targets.extend(CONVOLUTIONS);
     }
     targets
 }
@@ -212,15 +266,19 @@ fn probe_tensors(case: &Case, base: &Path, adapter: HashMap<String, Tensor>) -> 
             set.modules.insert(
                 module.to_owned(),
                 Adapter {
-                    a: Var::from_tensor(tensor).unwrap(),
-                    b: Var::from_tensor(&adapter[&format!("{module}.lora_B.weight")]).unwrap(),
-                    rank: case.rank,
-                    alpha: case.alpha,
+                    magnitude: adapter
+                        .get(&format!("{module}.lora_magnitude_vector"))
+                        .map(|m| Var::from_tensor(m).unwrap()),
+                    ..Adapter::new(
+                        Var::from_tensor(tensor).unwrap(),
+                        Var::from_tensor(&adapter[&format!("{module}.lora_B.weight")]).unwrap(),
+                        case.alpha_of(module),
+                    )
                 },
             );
         }
     }
-    assert_eq!(2 * set.modules.len(), adapter.len());
+    assert_eq!(set.named_vars().len(), adapter.len());
     let base = BaseFolder::open(base).unwrap();
     let mut tensors = adapter;
     let text = if case.text_encoder {
@@ -256,11 +314,15 @@ fn probe_tensors(case: &Case, base: &Path, adapter: HashMap<String, Tensor>) -> 
 fn spec(case: &Case, base: &Path, dir: &Path) -> AttemptSpec {
     let family = families::by_id("sd1").unwrap();
     let info = families::inspect_base(base).unwrap();
-    let given = json!({
+    let mut given = json!({
         "lora_rank": case.rank, "lora_alpha": case.alpha, "target_modules": case.preset, "learning_rate": LEARNING_RATE,
         "max_train_steps": STEPS, "batch_size": 2, "checkpoint_every_steps": STEPS, "seed": 5,
-        "train_text_encoder": case.text_encoder,
+        "use_dora": case.use_dora, "train_text_encoder": case.text_encoder,
     });
+    if let Some((rank, alpha)) = case.conv {
+        given["conv_rank"] = json!(rank);
+        given["conv_alpha"] = json!(alpha);
+    }
     let hyperparameters = family.resolve(&info, given.as_object().unwrap()).unwrap();
     AttemptSpec {
         protocol: PROTOCOL_VERSION,
@@ -285,6 +347,7 @@ fn spec(case: &Case, base: &Path, dir: &Path) -> AttemptSpec {
         threads: None,
         cache: lorad_proto::spec::Cache::default(),
         attempt_dir: dir.to_owned(),
+        init_adapter: None,
         resume_from: None,
     }
 }

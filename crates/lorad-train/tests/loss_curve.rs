@@ -174,12 +174,9 @@ fn initial_adapters(curve: &Curve, expected: &Tensors) -> AdapterSet {
             continue;
         };
         let b = &expected[&format!("final.{module}.lora_B.weight")];
-        let adapter = Adapter {
-            a: Var::from_tensor(a).unwrap(),
-            b: Var::zeros(b.shape(), DType::F32, &Device::Cpu).unwrap(),
-            rank: curve.rank,
-            alpha: curve.alpha,
-        };
+        assert_eq!(a.dim(0).unwrap(), curve.rank);
+        let b = Var::zeros(b.shape(), DType::F32, &Device::Cpu).unwrap();
+        let adapter = Adapter::new(Var::from_tensor(a).unwrap(), b, curve.alpha);
         assert!(set.modules.insert(module.to_owned(), adapter).is_none());
     }
     assert!(set.modules.len() > 50);

@@ -21,6 +21,7 @@ use attempt::{Recorder, run, write_items};
 use lorad_proto::{
     dataset::Item,
     event::{StopReason, WorkerEvent},
+    problem::Problem,
     spec::AttemptSpec,
 };
 use lorad_train::families;
@@ -140,6 +141,7 @@ fn no_setting_is_decoration() {
     let restarts = json!({"lr_scheduler": "cosine_with_restarts"});
     let encoder = json!({"train_text_encoder": true});
     let polynomial = json!({"lr_scheduler": "polynomial"});
+    let conv = json!({"conv_rank": 2});
     let none = json!({});
     // The setting, what it needs to have an effect, its other value.
     let changes: Vec<(&str, &Value, Value)> = vec![
@@ -154,6 +156,12 @@ fn no_setting_is_decoration() {
         ("target_modules", &none, json!(["to_q"])),
         ("train_text_encoder", &none, json!(true)),
         ("text_encoder_lr", &encoder, json!(2e-3)),
+        ("conv_rank", &none, json!(2)),
+        ("conv_alpha", &conv, json!(1.0)),
+        ("rank_pattern", &none, json!({"attn1.to_q": 3})),
+        ("alpha_pattern", &none, json!({"attn1.to_q": 3})),
+        ("use_dora", &none, json!(true)),
+        ("lora_dropout", &none, json!(0.3)),
         ("resolution", &none, json!(32)),
         ("center_crop", &none, json!(true)),
         ("random_flip", &none, json!(true)),
@@ -243,6 +251,162 @@ fn no_setting_is_decoration() {
     }
 }
 
+/// Everything that an adapter can be at once: the optimizer, checkpoints, the moving average and dropout's random numbers know
+/// every tensor of it.
+#[test]
+fn an_interrupted_run_of_every_kind_of_adapter_continues_to_the_byte_identical_adapter() {
+    let root = tempfile::tempdir().unwrap();
+    let kinds = json!({
+        "conv_rank": 2, "use_dora": true, "lora_dropout": 0.2, "rank_pattern": {"to_k": 3}, "alpha_pattern": {"conv1": 1.0},
+        "ema_decay": 0.9, "optimizer": "adafactor", "max_train_steps": 5, "gradient_checkpointing": "off",
+    });
+    let straight = spec(root.path(), "straight", &kinds);
+    assert!(matches!(run(&straight, &Recorder::default()), WorkerEvent::Done { .. }));
+    let first = spec(root.path(), "first", &kinds);
+    let pausing = Recorder {
+        pause_after: Some(3),
+        ..Recorder::default()
+    };
+    assert!(matches!(run(&first, &pausing), WorkerEvent::Stopped { step: 3, .. }));
+    let mut second = spec(root.path(), "second", &kinds);
+    second.resume_from = Some(first.attempt_dir.join("checkpoints/00000003"));
+    assert!(matches!(run(&second, &Recorder::default()), WorkerEvent::Done { .. }));
+    assert!(adapter_bytes(&second) == adapter_bytes(&straight));
+
+    // Activations that are computed again drop the same values.
+    let mut again = kinds.clone();
+    again["gradient_checkpointing"] = json!("on");
+    let again = spec(root.path(), "again", &again);
+    assert!(matches!(run(&again, &Recorder::default()), WorkerEvent::Done { .. }));
+    assert!(adapter_bytes(&again) == adapter_bytes(&straight));
+}
+
+/// Every tensor of a diffusers file, by name.
+fn tensors(file: &Path) -> BTreeMap<String, Vec<f32>> {
+    let tensors = candle_core::safetensors::load(file, &candle_core::Device::Cpu).unwrap();
+    let values = |t: candle_core::Tensor| t.flatten_all().unwrap().to_vec1().unwrap();
+    tensors.into_iter().map(|(name, t)| (name, values(t))).collect()
+}
+
+/// The job of `spec`, starting from the adapter in `file`.
+fn starting_from(mut spec: AttemptSpec, file: &Path, given: &Value) -> Result<AttemptSpec, Problem> {
+    let family = families::by_id("sd1").unwrap();
+    let base = spec.base_model.path.clone();
+    family.adopt_adapter(&base, file, given.as_object().unwrap(), &mut spec.hyperparameters)?;
+    spec.init_adapter = Some(file.to_owned());
+    Ok(spec)
+}
+
+#[test]
+fn a_run_starts_from_each_dialect_of_an_adapter_with_its_modules_ranks_and_alphas() {
+    let root = tempfile::tempdir().unwrap();
+    for (name, kinds) in [
+        (
+            "mixed",
+            json!({"conv_rank": 3, "conv_alpha": 1.0, "rank_pattern": {"to_k": 5}, "alpha_pattern": {"to_v": 7}}),
+        ),
+        (
+            "dora",
+            json!({"use_dora": true, "conv_rank": 2, "target_modules": "transformer"}),
+        ),
+    ] {
+        let first = spec(root.path(), name, &kinds);
+        assert!(matches!(run(&first, &Recorder::default()), WorkerEvent::Done { .. }));
+        let results = first.attempt_dir.join("results");
+        let expected = tensors(&results.join("pytorch_lora_weights.safetensors"));
+        for file in [
+            "pytorch_lora_weights.safetensors",
+            "data-kohya.safetensors",
+            "data-peft.zip",
+        ] {
+            if file.contains("kohya") && name == "dora" {
+                continue;
+            }
+            // So small a step that the adapter at the end is the one at the start.
+            let still =
+                json!({"learning_rate": 1e-30, "max_train_steps": 1, "lr_scheduler": "constant", "lr_warmup_steps": 0});
+            let again = spec(root.path(), &format!("{name}-{file}"), &still);
+            let again = starting_from(again, &results.join(file), &json!({})).unwrap();
+            let log = Recorder::default();
+            let end = run(&again, &log);
+            assert!(matches!(end, WorkerEvent::Done { .. }), "{file}: {end:?}");
+            assert!(log.said("starting from an adapter"));
+            let found = tensors(&again.attempt_dir.join("results/pytorch_lora_weights.safetensors"));
+            assert_eq!(found.len(), expected.len());
+            for (key, values) in &expected {
+                assert_eq!(found[key].len(), values.len(), "{name} {file} {key}");
+                for (a, b) in found[key].iter().zip(values) {
+                    assert!(
+                        (a - b).abs() <= 1e-6 * b.abs() + 1e-9,
+                        "{name} {file} {key}: {a}, not {b}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn an_adapter_that_does_not_fit_and_options_that_it_decides_are_named() {
+    let root = tempfile::tempdir().unwrap();
+    let first = spec(root.path(), "first", &json!({"max_train_steps": 1}));
+    assert!(matches!(run(&first, &Recorder::default()), WorkerEvent::Done { .. }));
+    let file = first.attempt_dir.join("results/pytorch_lora_weights.safetensors");
+
+    let again = || spec(root.path(), "again", &json!({}));
+    let given = json!({"lora_rank": 4, "target_modules": "attention", "learning_rate": 1e-3});
+    let problem = starting_from(again(), &file, &given).unwrap_err();
+    let pointers: Vec<&str> = problem.errors.iter().map(|e| e.pointer.as_str()).collect();
+    assert_eq!(
+        pointers,
+        ["/hyperparameters/lora_rank", "/hyperparameters/target_modules"]
+    );
+
+    let other_base = spec_on("tiny-sd2", root.path(), "other", &json!({}));
+    let problem = starting_from(other_base, &file, &json!({})).unwrap_err();
+    assert_eq!(problem.code, "init_adapter.no_fit");
+    assert!(problem.detail.contains("lora_A.weight"), "{}", problem.detail);
+
+    let mut tensors = candle_core::safetensors::load(&file, &candle_core::Device::Cpu).unwrap();
+    let key = tensors
+        .keys()
+        .find(|key| key.ends_with("lora_B.weight"))
+        .unwrap()
+        .clone();
+    let damaged = root.path().join("damaged.safetensors");
+    for (change, word) in [
+        (None, "only one of its two factors"),
+        (Some((3, 2)), "has shape [3, 2]"),
+    ] {
+        match change {
+            None => drop(tensors.remove(&key)),
+            Some(shape) => {
+                let wrong =
+                    candle_core::Tensor::ones(shape, candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
+                tensors.insert(key.clone(), wrong);
+            }
+        }
+        candle_core::safetensors::save(&tensors, &damaged).unwrap();
+        let problem = starting_from(again(), &damaged, &json!({})).unwrap_err();
+        assert!(problem.detail.contains(word), "{}", problem.detail);
+    }
+    fs::write(&damaged, b"no tensors").unwrap();
+    assert_eq!(
+        starting_from(again(), &damaged, &json!({})).unwrap_err().code,
+        "init_adapter.unreadable"
+    );
+
+    // The file that was adopted is not the one that is found.
+    let mut swapped = starting_from(again(), &file, &json!({})).unwrap();
+    let larger = spec(root.path(), "larger", &json!({"max_train_steps": 1, "lora_rank": 3}));
+    assert!(matches!(run(&larger, &Recorder::default()), WorkerEvent::Done { .. }));
+    swapped.init_adapter = Some(larger.attempt_dir.join("results/pytorch_lora_weights.safetensors"));
+    let WorkerEvent::Failed { problem } = run(&swapped, &Recorder::default()) else {
+        panic!("it trained")
+    };
+    assert_eq!(problem.code, "init_adapter.changed");
+}
+
 #[test]
 fn gradient_checkpointing_is_used_and_changes_nothing() {
     let root = tempfile::tempdir().unwrap();
@@ -257,20 +421,29 @@ fn gradient_checkpointing_is_used_and_changes_nothing() {
     assert!(on == off, "checkpointing changed the result");
 }
 
+/// Also with dropout, which belongs to the sample and not to the batch that it is in.
 #[test]
 fn four_micro_batches_of_two_equal_one_batch_of_eight() {
     let root = tempfile::tempdir().unwrap();
-    let losses = |name: &str, batch: u64, accumulation: u64| {
-        let changes = json!({"batch_size": batch, "gradient_accumulation_steps": accumulation, "learning_rate": 1e-3});
-        let spec = spec(root.path(), name, &changes);
-        let log = Recorder::default();
-        assert!(matches!(run(&spec, &log), WorkerEvent::Done { .. }));
-        log.losses()
-    };
-    let (parts, whole) = (losses("parts", 2, 4), losses("whole", 8, 1));
-    assert_eq!((parts.len(), whole.len()), (8, 8));
-    for ((step, a), (_, b)) in parts.iter().zip(&whole) {
-        assert!((a - b).abs() <= 1e-5 * b, "step {step}: {a} in parts, {b} as a whole");
+    for (kind, dropout, conv_rank) in [("plain", 0.0, 0), ("dropped", 0.5, 2)] {
+        let losses = |name: &str, batch: u64, accumulation: u64| {
+            let changes = json!({
+                "batch_size": batch, "gradient_accumulation_steps": accumulation, "learning_rate": 1e-3,
+                "lora_dropout": dropout, "conv_rank": conv_rank,
+            });
+            let spec = spec(root.path(), &format!("{kind}-{name}"), &changes);
+            let log = Recorder::default();
+            assert!(matches!(run(&spec, &log), WorkerEvent::Done { .. }));
+            log.losses()
+        };
+        let (parts, whole) = (losses("parts", 2, 4), losses("whole", 8, 1));
+        assert_eq!((parts.len(), whole.len()), (8, 8));
+        for ((step, a), (_, b)) in parts.iter().zip(&whole) {
+            assert!(
+                (a - b).abs() <= 1e-5 * b,
+                "{kind} step {step}: {a} in parts, {b} as a whole"
+            );
+        }
     }
 }
 

@@ -12,27 +12,65 @@ use crate::{Result, lora::AdapterSet};
 pub(super) struct Factors {
     pub(super) a: Host,
     pub(super) b: Host,
+    /// DoRA's.
+    pub(super) magnitude: Option<Host>,
+    pub(super) alpha: f64,
 }
 
-/// A copy of an [`AdapterSet`] of one rank and alpha, keyed by module path (`unet.…`).
+impl Factors {
+    pub(super) fn rank(&self) -> usize {
+        self.a.shape.first().copied().unwrap_or(0)
+    }
+
+    /// `alpha / rank`.
+    pub(super) fn scale(&self) -> f64 {
+        self.alpha / self.rank() as f64
+    }
+
+    /// `scale · B·A`, row by row.
+    pub(super) fn delta(&self) -> Vec<f64> {
+        delta(&self.a, &self.b, self.scale())
+    }
+
+    /// The weight that does what the layer and its adapter do: `W + ΔW`, with magnitudes `m / ‖W + ΔW‖ (W + ΔW)`, row by row.
+    /// `None` if `W` has another size.
+    ///
+    /// # Source
+    /// peft 0.21.2 `tuners/lora/variants.py`, `DoraLinearVariant.merge_safe`.
+    pub(super) fn merged(&self, weight: &[f64]) -> Option<Vec<f64>> {
+        let delta = self.delta();
+        if delta.len() != weight.len() {
+            return None;
+        }
+        let mut merged: Vec<f64> = weight.iter().zip(delta).map(|(w, d)| w + d).collect();
+        if let Some(magnitude) = &self.magnitude {
+            let width = (merged.len() / magnitude.values.len().max(1)).max(1);
+            for (row, &m) in merged.chunks_exact_mut(width).zip(&magnitude.values) {
+                let norm = row.iter().map(|v| v * v).sum::<f64>().sqrt().max(f64::MIN_POSITIVE);
+                row.iter_mut().for_each(|v| *v *= f64::from(m) / norm);
+            }
+        }
+        Some(merged)
+    }
+}
+
+/// A copy of an [`AdapterSet`], keyed by module path (`unet.…`).
 #[derive(Debug, Clone)]
 pub(super) struct HostAdapter {
+    /// The rank of most modules.
     pub(super) rank: usize,
+    /// The alpha of most modules.
     pub(super) alpha: f64,
     pub(super) modules: BTreeMap<String, Factors>,
 }
 
 impl HostAdapter {
     pub(super) fn copy(adapters: &AdapterSet) -> Result<Self> {
-        let refused =
-            |detail: String| Problem::new("export.unsupported_adapter", "The adapter cannot be exported", detail);
-        let mut ranks = adapters.modules.values().map(|m| (m.rank, m.alpha));
-        let Some((rank, alpha)) = ranks.next() else {
-            return Err(refused("It has no modules.".to_owned()).into());
-        };
-        if ranks.any(|other| other != (rank, alpha)) {
-            return Err(refused(
-                "Its modules differ in rank or alpha; the formats written here hold one of each.".to_owned(),
+        if adapters.modules.is_empty() {
+            return Err(Problem::new(
+                "export.unsupported_adapter",
+                "The adapter cannot be exported",
+                "It has no modules.",
             )
             .into());
         }
@@ -41,8 +79,20 @@ impl HostAdapter {
             let factors = Factors {
                 a: Host::from_tensor(module.a.as_tensor())?,
                 b: Host::from_tensor(module.b.as_tensor())?,
+                magnitude: module
+                    .magnitude
+                    .as_ref()
+                    .map(|m| Host::from_tensor(m.as_tensor()))
+                    .transpose()?,
+                alpha: module.alpha,
             };
-            if factors.a.values.iter().chain(&factors.b.values).any(|v| !v.is_finite()) {
+            let tensors = [Some(&factors.a), Some(&factors.b), factors.magnitude.as_ref()];
+            if tensors
+                .into_iter()
+                .flatten()
+                .flat_map(|t| &t.values)
+                .any(|v| !v.is_finite())
+            {
                 return Err(Problem::new(
                     "export.not_finite",
                     "The adapter holds values that are not numbers",
@@ -53,13 +103,34 @@ impl HostAdapter {
             }
             modules.insert(path.clone(), factors);
         }
-        Ok(Self { rank, alpha, modules })
+        Ok(Self {
+            rank: most_frequent(&modules.values().map(Factors::rank).collect::<Vec<_>>()),
+            alpha: most_frequent(&modules.values().map(|f| f.alpha).collect::<Vec<_>>()),
+            modules,
+        })
     }
 
-    /// `alpha / rank`.
-    pub(super) fn scale(&self) -> f64 {
-        self.alpha / self.rank as f64
+    /// Whether any module has magnitudes.
+    pub(super) fn is_dora(&self) -> bool {
+        self.modules.values().any(|f| f.magnitude.is_some())
     }
+
+    /// The largest rank.
+    pub(super) fn max_rank(&self) -> usize {
+        self.modules.values().map(Factors::rank).max().unwrap_or(0)
+    }
+}
+
+/// The first of those that come most often.
+fn most_frequent<T: Copy + PartialEq + Default>(values: &[T]) -> T {
+    let mut best = (T::default(), 0);
+    for &value in values {
+        let n = values.iter().filter(|other| **other == value).count();
+        if n > best.1 {
+            best = (value, n);
+        }
+    }
+    best.0
 }
 
 /// `scale · B·A`, row by row, in f64. `b`: (out, rank, …1); `a`: (rank, in…).

@@ -5,10 +5,10 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{
-    adapter::{HostAdapter, delta},
+    adapter::{Factors, HostAdapter, delta},
     tensors::{Host, TensorFile},
 };
 
@@ -33,24 +33,31 @@ const TEXT_MODEL: &str = "text_model.";
 
 /// `pytorch_lora_weights.safetensors`.
 ///
-/// The scale `alpha / rank` is folded into B, and the header says alpha = rank. So readers that know
-/// `lora_adapter_metadata` (diffusers >= 0.34) and those that assume alpha = rank get the same ΔW.
+/// The scale `alpha / rank` is folded into B, modules of a smaller rank are filled up with zeros, and the header says
+/// alpha = rank. So readers that know `lora_adapter_metadata` (diffusers >= 0.34), those that assume each module's alpha = rank
+/// and those that assume one alpha for all get the same ΔW.
 ///
 /// # Source
 /// diffusers v0.42.1 `loaders/lora_base.py` (`LORA_ADAPTER_METADATA_KEY`, `_pack_dict_with_prefix`), `loaders/peft.py`.
 pub(super) fn diffusers(adapter: &HostAdapter) -> TensorFile {
     let mut file = TensorFile::default();
+    let rank = adapter.max_rank();
     for (module, factors) in &adapter.modules {
+        let (a, b) = (&factors.a, factors.b.scaled(factors.scale()));
         file.tensors
-            .insert(format!("{module}.lora_A.weight"), factors.a.clone());
+            .insert(format!("{module}.lora_A.weight"), a.padded(0, rank));
         file.tensors
-            .insert(format!("{module}.lora_B.weight"), factors.b.scaled(adapter.scale()));
+            .insert(format!("{module}.lora_B.weight"), b.padded(1, rank));
+        insert_magnitude(&mut file, module, factors);
     }
     let mut config = BTreeMap::new();
     for module in adapter.modules.keys() {
         let root = module.split('.').next().unwrap_or_default();
-        config.insert(format!("{root}.r"), json!(adapter.rank));
-        config.insert(format!("{root}.lora_alpha"), json!(adapter.rank));
+        config.insert(format!("{root}.r"), json!(rank));
+        config.insert(format!("{root}.lora_alpha"), json!(rank));
+        if adapter.is_dora() {
+            config.insert(format!("{root}.use_dora"), json!(true));
+        }
         let targets = config
             .entry(format!("{root}.target_modules"))
             .or_insert_with(|| json!([]));
@@ -65,8 +72,17 @@ pub(super) fn diffusers(adapter: &HostAdapter) -> TensorFile {
     file
 }
 
-/// ΔW by module from a diffusers file, as a reader that takes alpha = rank.
-pub(super) fn read_diffusers(file: &TensorFile) -> BTreeMap<String, Vec<f64>> {
+/// What a reader rebuilds of one module.
+#[derive(Debug)]
+pub(super) struct Rebuilt {
+    /// ΔW.
+    pub(super) delta: Vec<f64>,
+    /// DoRA's.
+    pub(super) magnitude: Option<Host>,
+}
+
+/// By module from a diffusers file, as a reader that takes alpha = rank.
+pub(super) fn read_diffusers(file: &TensorFile) -> BTreeMap<String, Rebuilt> {
     read_pairs(file, "", ".lora_A.weight", ".lora_B.weight", |_| 1.0)
 }
 
@@ -122,28 +138,54 @@ pub(super) fn peft(adapter: &HostAdapter) -> TensorFile {
         let name = format!("base_model.model.{}", inner(module));
         file.tensors.insert(format!("{name}.lora_A.weight"), factors.a.clone());
         file.tensors.insert(format!("{name}.lora_B.weight"), factors.b.clone());
+        insert_magnitude(&mut file, &name, factors);
     }
     file.metadata.insert("format".to_owned(), "pt".to_owned());
     file
 }
 
+/// The ending of a magnitude's name in diffusers' and PEFT's files.
+const MAGNITUDE: &str = ".lora_magnitude_vector";
+
+fn insert_magnitude(file: &mut TensorFile, module: &str, factors: &Factors) {
+    if let Some(magnitude) = &factors.magnitude {
+        file.tensors.insert(format!("{module}{MAGNITUDE}"), magnitude.clone());
+    }
+}
+
 /// `adapter_config.json`. Target modules are whole paths, so that nothing else can match.
-pub(super) fn peft_config(adapter: &HostAdapter, base_model: &str, init: &Value) -> Value {
+pub(super) fn peft_config(adapter: &HostAdapter, base_model: &str, init: &Value, dropout: f64) -> Value {
     let targets: Vec<&str> = adapter.modules.keys().map(|m| inner(m)).collect();
+    let others = |differs: &dyn Fn(&Factors) -> Option<Value>| -> Map<String, Value> {
+        let found = adapter
+            .modules
+            .iter()
+            .filter_map(|(m, f)| Some((inner(m).to_owned(), differs(f)?)));
+        found.collect()
+    };
+    let rank_pattern = others(&|f| (f.rank() != adapter.rank).then(|| json!(f.rank())));
+    let alpha_pattern = others(&|f| (f.alpha != adapter.alpha).then(|| number(f.alpha)));
     json!({
         "peft_type": "LORA", "task_type": null, "base_model_name_or_path": base_model, "inference_mode": true,
-        "r": adapter.rank, "lora_alpha": number(adapter.alpha), "lora_dropout": 0.0, "bias": "none",
-        "fan_in_fan_out": false, "use_rslora": false, "use_dora": false, "modules_to_save": null,
-        "init_lora_weights": init, "target_modules": targets,
+        "r": adapter.rank, "lora_alpha": number(adapter.alpha), "lora_dropout": dropout, "bias": "none",
+        "fan_in_fan_out": false, "use_rslora": false, "use_dora": adapter.is_dora(), "modules_to_save": null,
+        "init_lora_weights": init, "target_modules": targets, "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
     })
 }
 
-/// ΔW by module from a PEFT file and its config; `root` is put in front of the modules' paths.
-pub(super) fn read_peft(file: &TensorFile, config: &Value, root: &str) -> BTreeMap<String, Vec<f64>> {
-    let scale = config["lora_alpha"].as_f64().unwrap_or(f64::NAN) / config["r"].as_f64().unwrap_or(f64::NAN);
-    read_pairs(file, "base_model.model.", ".lora_A.weight", ".lora_B.weight", |_| scale)
+/// By module from a PEFT file and its config; `root` is put in front of the modules' paths.
+pub(super) fn read_peft(file: &TensorFile, config: &Value, root: &str) -> BTreeMap<String, Rebuilt> {
+    let of = |name: &str, pattern: &str, all: &str| {
+        let value = config[pattern]
+            .get(name.trim_start_matches("base_model.model."))
+            .unwrap_or(&config[all]);
+        value.as_f64().unwrap_or(f64::NAN)
+    };
+    let scale = |name: &str| of(name, "alpha_pattern", "lora_alpha") / of(name, "rank_pattern", "r");
+    read_pairs(file, "base_model.model.", ".lora_A.weight", ".lora_B.weight", scale)
         .into_iter()
-        .map(|(module, delta)| (format!("{root}.{module}"), delta))
+        .map(|(module, rebuilt)| (format!("{root}.{module}"), rebuilt))
         .collect()
 }
 
@@ -175,13 +217,13 @@ pub(super) fn kohya(adapter: &HostAdapter, metadata: BTreeMap<String, String>) -
             .insert(format!("{name}.lora_down.weight"), factors.a.clone());
         file.tensors.insert(format!("{name}.lora_up.weight"), factors.b.clone());
         file.tensors
-            .insert(format!("{name}.alpha"), Host::scalar(adapter.alpha as f32));
+            .insert(format!("{name}.alpha"), Host::scalar(factors.alpha as f32));
     }
     file
 }
 
-/// ΔW by kohya's module name.
-pub(super) fn read_kohya(file: &TensorFile) -> BTreeMap<String, Vec<f64>> {
+/// By kohya's module name.
+pub(super) fn read_kohya(file: &TensorFile) -> BTreeMap<String, Rebuilt> {
     read_pairs(file, "", ".lora_down.weight", ".lora_up.weight", |name| {
         let rank = file
             .tensors
@@ -204,7 +246,7 @@ fn read_pairs(
     a_suffix: &str,
     b_suffix: &str,
     scale: impl Fn(&str) -> f64,
-) -> BTreeMap<String, Vec<f64>> {
+) -> BTreeMap<String, Rebuilt> {
     let mut modules = BTreeMap::new();
     for (key, a) in &file.tensors {
         let Some(name) = key.strip_suffix(a_suffix) else {
@@ -214,7 +256,11 @@ fn read_pairs(
             continue;
         };
         let module = name.strip_prefix(prefix).unwrap_or(name);
-        modules.insert(module.to_owned(), delta(a, b, scale(name)));
+        let rebuilt = Rebuilt {
+            delta: delta(a, b, scale(name)),
+            magnitude: file.tensors.get(&format!("{name}{MAGNITUDE}")).cloned(),
+        };
+        modules.insert(module.to_owned(), rebuilt);
     }
     modules
 }

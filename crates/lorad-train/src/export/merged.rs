@@ -17,7 +17,7 @@ use walkdir::WalkDir;
 use zip::ZipWriter;
 
 use super::{
-    adapter::{Factors, HostAdapter, delta, relative_error},
+    adapter::{Factors, HostAdapter, relative_error},
     zip_error, zip_options,
 };
 use crate::{Result, TrainError};
@@ -135,7 +135,6 @@ fn pipeline_files(base: &Path) -> Result<Vec<(PathBuf, String)>> {
 struct Stored {
     key: String,
     dtype: String,
-    shape: Vec<usize>,
     begin: u64,
     bytes: usize,
 }
@@ -179,16 +178,11 @@ fn merge_weights(
         let mut bytes = vec![0; stored.bytes];
         file.read_exact(&mut bytes).map_err(TrainError::io("read", from))?;
         if let Some((module, factors)) = adapted(adapter, folder, &stored.key) {
-            let delta = delta(&factors.a, &factors.b, adapter.scale());
-            if delta.len() != stored.shape.iter().product::<usize>() {
-                return Err(unreadable(
-                    from,
-                    &format!("{} has another shape than when the job began", stored.key),
-                )
-                .into());
-            }
-            add(&mut bytes, &stored.dtype, &delta)
-                .ok_or_else(|| unreadable(from, &format!("{} is of type {}", stored.key, stored.dtype)))?;
+            let changed = factors.merged(&decode(&bytes, &stored.dtype)).ok_or_else(|| {
+                let what = "has another type or shape than when the job began";
+                unreadable(from, &format!("{} ({}) {what}", stored.key, stored.dtype))
+            })?;
+            encode(&mut bytes, &stored.dtype, &changed);
             merged.modules.insert(module.clone());
             merged.dtypes.insert(stored.dtype);
         }
@@ -228,11 +222,7 @@ pub(super) fn reread(name: &str, entry: &mut impl Read, base: &Path, adapter: &H
             continue;
         };
         let (after, before) = (decode(&after, &stored.dtype), decode(&before, &original.dtype));
-        let expected: Vec<f64> = before
-            .iter()
-            .zip(delta(&factors.a, &factors.b, adapter.scale()))
-            .map(|(w, d)| w + d)
-            .collect();
+        let expected = factors.merged(&before).unwrap_or_default();
         let error = relative_error(&after, &expected);
         if error > rounding(&stored.dtype) {
             return Err(differs(name, &format!("{} differs from W + ΔW by {error:.1e}", stored.key)).into());
@@ -280,30 +270,16 @@ fn differs(name: &str, what: &str) -> Problem {
     .with_hint("This is a bug in lorad, or the base model changed while the job ran; the file must not be used.")
 }
 
-/// Adds `delta` to the values behind `bytes`, rounding once. `None`: not a float type.
-fn add(bytes: &mut [u8], dtype: &str, delta: &[f64]) -> Option<()> {
-    let width = match dtype {
-        "F16" | "BF16" => 2,
-        "F32" => 4,
-        _ => return None,
-    };
-    for (value, d) in bytes.chunks_exact_mut(width).zip(delta) {
+/// Puts `values` in the place of those behind `bytes`, each rounded once. The inverse of [`decode`].
+fn encode(bytes: &mut [u8], dtype: &str, values: &[f64]) {
+    let width = if dtype == "F32" { 4 } else { 2 };
+    for (place, &value) in bytes.chunks_exact_mut(width).zip(values) {
         match dtype {
-            "F16" => {
-                let w = f16::from_le_bytes([value[0], value[1]]).to_f64();
-                value.copy_from_slice(&f16::from_f64(w + d).to_le_bytes());
-            }
-            "BF16" => {
-                let w = bf16::from_le_bytes([value[0], value[1]]).to_f64();
-                value.copy_from_slice(&bf16::from_f64(w + d).to_le_bytes());
-            }
-            _ => {
-                let w = f64::from(f32::from_le_bytes([value[0], value[1], value[2], value[3]]));
-                value.copy_from_slice(&((w + d) as f32).to_le_bytes());
-            }
+            "F16" => place.copy_from_slice(&f16::from_f64(value).to_le_bytes()),
+            "BF16" => place.copy_from_slice(&bf16::from_f64(value).to_le_bytes()),
+            _ => place.copy_from_slice(&(value as f32).to_le_bytes()),
         }
     }
-    Some(())
 }
 
 /// The header's raw bytes (length included) and its tensors in order of offset.
@@ -326,11 +302,6 @@ fn read_header(path: &Path, file: &mut impl Read) -> Result<(Vec<u8>, Vec<Stored
             Some(Stored {
                 key: key.clone(),
                 dtype: entry["dtype"].as_str()?.to_owned(),
-                shape: entry["shape"]
-                    .as_array()?
-                    .iter()
-                    .map(|d| d.as_u64().map(|d| d as usize))
-                    .collect::<Option<_>>()?,
                 begin: offset(0)?,
                 bytes: usize::try_from(offset(1)?.checked_sub(offset(0)?)?).ok()?,
             })

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use super::{BaseTraits, adapter::HostAdapter};
@@ -24,7 +24,7 @@ pub(super) fn kohya(adapter: &HostAdapter, base: &BaseTraits, context: &ExportCo
     set("ss_network_module", "networks.lora".to_owned());
     set("ss_network_dim", adapter.rank.to_string());
     set("ss_network_alpha", adapter.alpha.to_string());
-    set("ss_network_args", "{}".to_owned());
+    set("ss_network_args", network_args(&spec.hyperparameters));
     set("ss_v2", if base.is_v2 { "True" } else { "False" }.to_owned());
     set("ss_base_model_version", base.kohya_version());
     set("ss_output_name", lorad_proto::spec::file_stem(&spec.job_name));
@@ -76,6 +76,18 @@ pub(super) fn kohya(adapter: &HostAdapter, base: &BaseTraits, context: &ExportCo
     );
     set("modelspec.date", iso_date(context.started_at_ms));
     m
+}
+
+/// What kohya's command line would have been given besides rank and alpha; values are strings there.
+fn network_args(hyperparameters: &Map<String, Value>) -> String {
+    let mut args = Map::new();
+    if let Some(rank) = hyperparameters.get("conv_rank").filter(|rank| **rank != 0) {
+        args.insert("conv_dim".to_owned(), rank.to_string().into());
+        if let Some(alpha) = hyperparameters.get("conv_alpha") {
+            args.insert("conv_alpha".to_owned(), alpha.to_string().into());
+        }
+    }
+    Value::Object(args).to_string()
 }
 
 /// Adds the hashes of the data section, by which tools recognise a renamed or re-tagged file.

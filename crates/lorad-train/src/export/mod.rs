@@ -7,6 +7,7 @@ mod adapter;
 mod formats;
 mod merged;
 mod metadata;
+pub mod read;
 mod receipt;
 mod tensors;
 
@@ -35,6 +36,13 @@ pub const MERGED_FILE: &str = "fine_tuned_model.zip";
 pub const RECEIPT_FILE: &str = "receipt.json";
 /// The resolved configuration.
 pub const CONFIG_FILE: &str = "job.json";
+
+/// Why a DoRA adapter gets no kohya file.
+///
+/// # Source
+/// ComfyUI `comfy/weight_adapter/base.py` (`weight_decompose`) divides by `‖W‖`, LyCORIS `modules/locon.py` by `‖W + ΔW‖`.
+pub const NO_KOHYA_DORA: &str =
+    "its readers disagree about what DoRA's magnitudes are relative to, so each file would be wrong in some of them";
 
 /// What the exporters must know of the base model.
 #[derive(Debug, Clone)]
@@ -110,17 +118,19 @@ pub fn write_results(dir: &Path, job: &ExportJob<'_>) -> Result<Vec<ResultFile>>
     checks.push(receipt::check_diffusers(dir, &file, &adapter)?);
     written.push(file);
 
-    let mut kohya = formats::kohya(&adapter, metadata::kohya(&adapter, &job.base, job.context));
-    let data = kohya.data();
-    metadata::with_hashes(&mut kohya.metadata, &data);
-    let file = write_file(
-        dir,
-        &format!("{stem}-kohya.safetensors"),
-        ResultKind::Kohya,
-        &kohya.to_bytes(),
-    )?;
-    checks.push(receipt::check_kohya(dir, &file, &adapter)?);
-    written.push(file);
+    if !adapter.is_dora() {
+        let mut kohya = formats::kohya(&adapter, metadata::kohya(&adapter, &job.base, job.context));
+        let data = kohya.data();
+        metadata::with_hashes(&mut kohya.metadata, &data);
+        let file = write_file(
+            dir,
+            &format!("{stem}-kohya.safetensors"),
+            ResultKind::Kohya,
+            &kohya.to_bytes(),
+        )?;
+        checks.push(receipt::check_kohya(dir, &file, &adapter)?);
+        written.push(file);
+    }
 
     let file = write_file(
         dir,
@@ -162,6 +172,7 @@ fn config(job: &ExportJob<'_>) -> Value {
         "job_id": spec.job_id, "name": spec.job_name, "family": spec.family, "base_model": spec.base_model.id,
         "dataset_id": spec.dataset.id, "hyperparameters": spec.hyperparameters, "sampling": spec.sampling,
         "export": spec.export, "device": spec.device, "steps": job.context.steps, "epoch": job.context.epoch,
+        "init_adapter": spec.init_adapter.as_ref().and_then(|file| file.file_name()?.to_str()),
         "started_at_ms": job.context.started_at_ms, "lorad_version": env!("CARGO_PKG_VERSION"),
     })
 }
@@ -179,9 +190,10 @@ fn peft_zip(adapter: &HostAdapter, job: &ExportJob<'_>) -> Result<Vec<u8>> {
         Some(Value::String(_)) => json!(true),
         _ => json!("gaussian"),
     };
+    let dropout = spec.hyperparameters.get("lora_dropout").and_then(Value::as_f64);
     let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
     for PeftPart { folder, adapter, .. } in &formats::peft_parts(adapter) {
-        let config = formats::peft_config(adapter, &spec.base_model.id, &init);
+        let config = formats::peft_config(adapter, &spec.base_model.id, &init, dropout.unwrap_or(0.0));
         for (name, bytes) in [
             ("adapter_config.json", json_bytes(&config)),
             ("adapter_model.safetensors", formats::peft(adapter).to_bytes()),

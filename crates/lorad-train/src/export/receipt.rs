@@ -14,8 +14,8 @@ use sha2::{Digest, Sha256};
 use zip::ZipArchive;
 
 use super::{
-    adapter::{HostAdapter, delta, relative_error},
-    formats::{self, PeftPart},
+    adapter::{HostAdapter, relative_error},
+    formats::{self, PeftPart, Rebuilt},
     merged::{self, Merged},
     tensors::TensorFile,
     zip_error,
@@ -118,7 +118,7 @@ pub(super) fn check_merged(path: &Path, file: &ResultFile, merged: &Merged, adap
         keys,
         n_modules: modules.len(),
         max_relative_error: worst,
-        extra: json!({"compared": "W + ΔW, stored as the base's dtype", "dtypes": merged.dtypes}),
+        extra: json!({"compared": "the merged weight, stored as the base's dtype", "dtypes": merged.dtypes}),
     })
 }
 
@@ -138,8 +138,11 @@ impl<R: Read> Read for Hashing<R> {
 
 /// `receipt.json`.
 pub(super) fn document(adapter: &HostAdapter, steps: u64, checks: &[Check]) -> Value {
+    let left_out = adapter
+        .is_dora()
+        .then(|| json!({"kind": "kohya", "reason": super::NO_KOHYA_DORA}));
     json!({
-        "version": 1,
+        "version": 1, "left_out": left_out.into_iter().collect::<Vec<_>>(),
         "adapter": {
             "steps": steps, "rank": adapter.rank, "alpha": formats::number(adapter.alpha),
             "modules": adapter.modules.keys().collect::<Vec<_>>(),
@@ -164,11 +167,12 @@ fn read(dir: &Path, file: &ResultFile) -> Result<TensorFile> {
     TensorFile::from_bytes(&file.name, &bytes)
 }
 
-/// Compares ΔW module by module. `name` is how this format calls a module; `tensors_per_module` how many keys it has.
+/// Compares ΔW module by module. `name` is how this format calls a module; `tensors_per_module` how many keys it has besides
+/// magnitudes.
 fn compare(
     file: &ResultFile,
     stored: &TensorFile,
-    found: &BTreeMap<String, Vec<f64>>,
+    found: &BTreeMap<String, Rebuilt>,
     adapter: &HostAdapter,
     name: impl Fn(&str) -> String,
     tensors_per_module: usize,
@@ -184,12 +188,17 @@ fn compare(
     if let Some(foreign) = found_names.difference(&expected).next() {
         return Err(wrong(file, &format!("module {foreign} is not part of the adapter")).into());
     }
-    if stored.tensors.len() != tensors_per_module * adapter.modules.len() {
+    let magnitudes = adapter.modules.values().filter(|f| f.magnitude.is_some()).count();
+    if stored.tensors.len() != tensors_per_module * adapter.modules.len() + magnitudes {
         return Err(wrong(file, &format!("it holds {} tensors", stored.tensors.len())).into());
     }
     let mut worst = 0.0_f64;
     for (module, factors) in &adapter.modules {
-        let error = relative_error(&found[&name(module)], &delta(&factors.a, &factors.b, adapter.scale()));
+        let rebuilt = &found[&name(module)];
+        if rebuilt.magnitude != factors.magnitude {
+            return Err(wrong(file, &format!("the magnitudes of {module} differ")).into());
+        }
+        let error = relative_error(&rebuilt.delta, &factors.delta());
         // Infinite where a value is not a number.
         if error > MAX_RELATIVE_ERROR {
             return Err(wrong(file, &format!("ΔW of {module} differs by {error:.1e} relative")).into());

@@ -36,6 +36,20 @@ impl Host {
         }
     }
 
+    /// As many zeros put behind the values as make dimension `dim` (of two or more) `to` long.
+    pub(super) fn padded(&self, dim: usize, to: usize) -> Self {
+        let mut shape = self.shape.clone();
+        let inner: usize = shape[dim..].iter().product();
+        let fill = (to - shape[dim]) * shape[dim + 1..].iter().product::<usize>();
+        shape[dim] = to;
+        let mut values = Vec::with_capacity(shape.iter().product());
+        for row in self.values.chunks_exact(inner.max(1)) {
+            values.extend_from_slice(row);
+            values.resize(values.len() + fill, 0.0);
+        }
+        Self { shape, values }
+    }
+
     /// Every value times `factor`.
     pub(super) fn scaled(&self, factor: f64) -> Self {
         Self {

@@ -24,12 +24,7 @@ fn adapters() -> AdapterSet {
         (LINEAR, vec![2, 3], vec![2, 2]),
         (CONV, vec![2, 3, 1, 1], vec![2, 2, 1, 1]),
     ] {
-        let adapter = Adapter {
-            a: var(&a, &a_shape),
-            b: var(&b, &b_shape),
-            rank: 2,
-            alpha: 3.0,
-        };
+        let adapter = Adapter::new(var(&a, &a_shape), var(&b, &b_shape), 3.0);
         set.modules.insert(module.to_owned(), adapter);
     }
     set
@@ -115,6 +110,7 @@ fn spec(dir: &Path) -> AttemptSpec {
         threads: None,
         cache: lorad_proto::spec::Cache::default(),
         attempt_dir: path,
+        init_adapter: None,
         resume_from: None,
     }
 }
@@ -176,8 +172,8 @@ fn unzip(bytes: &[u8]) -> BTreeMap<String, Vec<u8>> {
         .collect()
 }
 
-fn assert_delta(found: &[f64]) {
-    let error = adapter::relative_error(found, &DELTA);
+fn assert_delta(found: &formats::Rebuilt) {
+    let error = adapter::relative_error(&found.delta, &DELTA);
     assert!(error < 1e-6, "{error}: {found:?}");
 }
 
@@ -335,6 +331,82 @@ fn an_adapter_of_the_text_encoder_goes_into_every_file_by_its_own_names() {
             assert_eq!(entry["modules_matched"], 3, "{}", entry["name"]);
         }
     }
+}
+
+#[test]
+fn modules_of_other_rank_and_alpha_keep_them_in_each_format() {
+    let mut adapters = adapters();
+    let var = |values: &[f32], shape: &[usize]| Var::from_slice(values, shape, &Device::Cpu).unwrap();
+    let small = Adapter::new(
+        var(&[0.5, -1.25, 2.0], &[1, 3, 1, 1]),
+        var(&[1.0, -0.7], &[2, 1, 1, 1]),
+        5.0,
+    );
+    adapters.modules.insert(CONV.to_owned(), small);
+    let expected = HostAdapter::copy(&adapters).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    // Each is read back and compared on the way.
+    let files = export_of(dir.path(), &adapters).unwrap();
+    let diffusers = TensorFile::from_bytes("d", &files[DIFFUSERS_FILE]).unwrap();
+    let found = formats::read_diffusers(&diffusers);
+    for (module, factors) in &expected.modules {
+        assert_eq!(diffusers.tensors[&format!("{module}.lora_A.weight")].shape[0], 2);
+        assert!(adapter::relative_error(&found[module].delta, &factors.delta()) < 1e-6);
+    }
+    let kohya = TensorFile::from_bytes("k", &files["My-dog-v2-kohya.safetensors"]).unwrap();
+    let conv = formats::kohya_name(CONV);
+    assert_eq!(kohya.tensors[&format!("{conv}.lora_down.weight")].shape, [1, 3, 1, 1]);
+    assert_eq!(kohya.tensors[&format!("{conv}.alpha")].values, [5.0]);
+    let peft = unzip(&files["My-dog-v2-peft.zip"]);
+    let config: Value = serde_json::from_slice(&peft["adapter_config.json"]).unwrap();
+    assert_eq!((&config["r"], &config["lora_alpha"]), (&json!(1), &json!(5)));
+    let linear = LINEAR.trim_start_matches("unet.");
+    assert_eq!(
+        (&config["rank_pattern"], &config["alpha_pattern"]),
+        (&json!({linear: 2}), &json!({linear: 3}))
+    );
+}
+
+#[test]
+fn magnitudes_go_where_readers_agree_about_them_and_into_the_merged_weights() {
+    let mut adapters = adapters();
+    for (module, shape) in [(LINEAR, vec![2]), (CONV, vec![1, 2, 1, 1])] {
+        let magnitude = Var::from_slice(&[2.0_f32, 3.0], shape, &Device::Cpu).unwrap();
+        adapters.modules.get_mut(module).unwrap().magnitude = Some(magnitude);
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let files = export_of(dir.path(), &adapters).unwrap();
+    assert!(!files.keys().any(|name| name.contains("kohya")));
+    let receipt: Value = serde_json::from_slice(&files[RECEIPT_FILE]).unwrap();
+    assert_eq!(receipt["left_out"][0]["kind"], "kohya");
+    let merged = unzip(&files[MERGED_FILE]);
+    let unet = safetensors::SafeTensors::deserialize(&merged["unet/diffusion_pytorch_model.safetensors"]).unwrap();
+    for module in [LINEAR, CONV] {
+        let weight = unet
+            .tensor(&format!("{}.weight", module.trim_start_matches("unet.")))
+            .unwrap();
+        let values: Vec<f64> = weight
+            .data()
+            .chunks_exact(2)
+            .map(|c| f16::from_le_bytes([c[0], c[1]]).to_f64())
+            .collect();
+        for (row, norm) in values.chunks_exact(3).zip([2.0, 3.0]) {
+            let found = row.iter().map(|v| v * v).sum::<f64>().sqrt();
+            assert!((found - norm).abs() < 1e-3 * norm, "{module}: {found}");
+        }
+    }
+    // A magnitude that is not the trained one is noticed.
+    let host = HostAdapter::copy(&adapters).unwrap();
+    let mut file = formats::diffusers(&host);
+    file.tensors
+        .get_mut(&format!("{LINEAR}.lora_magnitude_vector"))
+        .unwrap()
+        .values[1] = 3.1;
+    let file = write_file(dir.path(), DIFFUSERS_FILE, ResultKind::Diffusers, &file.to_bytes()).unwrap();
+    let error = receipt::check_diffusers(dir.path(), &file, &host)
+        .unwrap_err()
+        .into_problem();
+    assert!(error.detail.contains("magnitudes"), "{}", error.detail);
 }
 
 #[test]

@@ -45,12 +45,37 @@ pub fn fresh(
                 .collect()
         }
     };
-    Ok(Adapter {
-        a: Var::from_tensor(&Tensor::from_vec(values, a_shape, device)?)?,
-        b: Var::zeros(b_shape, candle_core::DType::F32, device)?,
-        rank,
+    Ok(Adapter::new(
+        Var::from_tensor(&Tensor::from_vec(values, a_shape, device)?)?,
+        Var::zeros(b_shape, candle_core::DType::F32, device)?,
         alpha,
-    })
+    ))
+}
+
+/// The square of each output's weights' norm.
+///
+/// # Shapes
+/// `weight` (out, …) -> (out,).
+///
+/// # Errors
+/// If a tensor operation fails.
+pub fn row_squares(weight: &Tensor) -> Result<Tensor> {
+    weight.flatten_from(1)?.sqr()?.sum(1)
+}
+
+/// DoRA's magnitudes at their start: `‖W‖` of each output, so that training starts at the base model.
+///
+/// # Shapes
+/// `weight` as [`ModuleKind::weight_shape`] -> [`ModuleKind::magnitude_shape`].
+///
+/// # Errors
+/// If a tensor operation fails.
+///
+/// # Source
+/// peft 0.21.2 `tuners/lora/dora.py`, `DoraLinearLayer.update_layer`.
+pub fn magnitude(weight: &Tensor, kind: ModuleKind, device: &Device) -> Result<Var> {
+    let norms = row_squares(weight)?.sqrt()?;
+    Var::from_tensor(&norms.reshape(kind.magnitude_shape())?.to_device(device)?)
 }
 
 #[cfg(test)]

@@ -35,6 +35,46 @@ const PRESETS: [(&str, &[&str]); 2] = [
     ),
 ];
 
+/// Endings of the convolutions that `conv_rank` adapts: those of residual blocks and between levels, not the first and last.
+///
+/// # Source
+/// kohya-ss/sd-scripts `networks/lora.py` (`UNET_TARGET_REPLACE_MODULE_CONV2D_3X3`) and LyCORIS, less the linear layer of the
+/// time embedding.
+pub const CONVOLUTIONS: [&str; 5] = [
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+];
+
+/// Whether `conv_rank`, not `target_modules`, decides about the module at `path`.
+pub fn is_convolution(path: &str) -> bool {
+    CONVOLUTIONS.iter().any(|suffix| ends_with(path, suffix))
+}
+
+/// A pattern of `rank_pattern` or `alpha_pattern`: it must match a whole path, or the end of one after a dot.
+///
+/// # Errors
+/// One sentence.
+///
+/// # Source
+/// peft 0.21.2 `utils/other.py`, `get_pattern_key`.
+pub fn pattern(text: &str) -> Result<Regex, String> {
+    Regex::new(&format!(r"^(?:.*\.)?(?:{text})$")).map_err(|e| format!("{text:?} is no valid pattern: {}", reason(&e)))
+}
+
+/// The last line of a pattern's error, which says what is wrong.
+fn reason(error: &regex::Error) -> String {
+    error.to_string().lines().last().unwrap_or_default().trim().to_owned()
+}
+
+/// Whether the last parts of `path` are `suffix`.
+fn ends_with(path: &str, suffix: &str) -> bool {
+    path.strip_suffix(suffix)
+        .is_some_and(|head| head.is_empty() || head.ends_with('.'))
+}
+
 impl TargetModules {
     /// Reads a preset's name, a list of suffixes, or a pattern.
     ///
@@ -47,7 +87,7 @@ impl TargetModules {
                 None => Regex::new(&format!("^(?:{text})$"))
                     .map(|r| Self::Pattern(Box::new(r)))
                     .map_err(|e| {
-                        let reason = e.to_string().lines().last().unwrap_or_default().trim().to_owned();
+                        let reason = reason(&e);
                         format!("{text:?} is neither a preset (attention, transformer) nor a valid pattern: {reason}")
                     }),
             },
@@ -73,19 +113,15 @@ impl TargetModules {
     pub fn select(&self, modules: &[AdaptableModule]) -> Result<Vec<AdaptableModule>, Vec<String>> {
         match self {
             Self::Suffixes(suffixes) => {
-                let matches = |suffix: &str, path: &str| {
-                    path.strip_suffix(suffix)
-                        .is_some_and(|head| head.is_empty() || head.ends_with('.'))
-                };
                 let lost: Vec<String> = suffixes
                     .iter()
-                    .filter(|s| !modules.iter().any(|m| matches(s, &m.path)))
+                    .filter(|s| !modules.iter().any(|m| ends_with(&m.path, s)))
                     .map(|s| format!("{s:?} matches no module; there are {}", names(modules)))
                     .collect();
                 if lost.is_empty() {
                     Ok(modules
                         .iter()
-                        .filter(|m| suffixes.iter().any(|s| matches(s, &m.path)))
+                        .filter(|m| suffixes.iter().any(|s| ends_with(&m.path, s)))
                         .cloned()
                         .collect())
                 } else {

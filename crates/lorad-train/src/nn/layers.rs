@@ -1,17 +1,14 @@
-//! The layers that models are made of: frozen weights of [`crate::ops`], with an adapter beside a linear layer where the
-//! job asks for one. Each loads from its place in the checkpoint's key tree.
+//! The frozen layers that models are made of: weights of [`crate::ops`]. Each loads from its place in the checkpoint's key
+//! tree.
 
 use candle_core::{Result, Tensor};
 
-use super::{AdapterSwitch, ModuleKind, Params};
-use crate::{
-    lora::Adapter,
-    ops::{self, Conv2dPlus, ConvGeometry, FrozenConv2d, FrozenLinear},
-};
+use super::Params;
+use crate::ops::{self, Conv2dPlus, ConvGeometry, FrozenConv2d, FrozenLinear};
 
 /// A frozen linear layer.
 #[derive(Debug)]
-pub struct Linear(FrozenLinear);
+pub struct Linear(pub(super) FrozenLinear);
 
 impl Linear {
     /// Loads `weight` (out, in) and, with `bias`, `bias` (out).
@@ -57,78 +54,6 @@ impl Linear {
     /// If shapes do not fit.
     pub fn forward(&self, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
         self.0.forward(x, residual)
-    }
-}
-
-/// A frozen linear layer that an adapter may stand beside.
-#[derive(Debug)]
-pub struct LoraLinear {
-    base: Linear,
-    adapter: Option<(Adapter, AdapterSwitch)>,
-}
-
-impl LoraLinear {
-    /// As [`Linear::load`], with the adapter of this place if the job has one.
-    ///
-    /// # Errors
-    /// If a tensor is missing or of another shape, or the adapter does not fit.
-    pub fn load(params: &Params<'_>, in_features: usize, out_features: usize, bias: bool) -> Result<Self> {
-        let adapter = params.adapter(ModuleKind::Linear {
-            in_features,
-            out_features,
-        })?;
-        Ok(Self {
-            base: Linear::load(params, in_features, out_features, bias)?,
-            adapter,
-        })
-    }
-
-    /// As [`Linear::load_conv1x1`]; the adapter's tensors are those of a convolution: `(rank, in, 1, 1)`, `(out, rank, 1, 1)`.
-    ///
-    /// # Errors
-    /// If a tensor is missing or of another shape, or the adapter does not fit.
-    pub fn load_conv1x1(params: &Params<'_>, in_channels: usize, out_channels: usize) -> Result<Self> {
-        let adapter = params.adapter(ModuleKind::Conv2d {
-            in_channels,
-            out_channels,
-            kernel: 1,
-        })?;
-        Ok(Self {
-            base: Linear::load_conv1x1(params, in_channels, out_channels)?,
-            adapter,
-        })
-    }
-
-    /// `x Wᵀ + b + scale · (x Aᵀ) Bᵀ`, the last term only while the adapters are switched on.
-    ///
-    /// # Shapes
-    /// `x` (…, in) -> (…, out).
-    ///
-    /// # Errors
-    /// If shapes do not fit.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match &self.adapter {
-            Some((adapter, switch)) if switch.is_on() => {
-                let matrix = |t: &Tensor| ops::reshape(t, (t.dim(0)?, t.elem_count() / t.dim(0)?));
-                let (a, b) = (matrix(&adapter.a)?, matrix(&adapter.b)?);
-                ops::lora_linear(&self.base.0, x, &a, &b, adapter.scale())
-            }
-            _ => self.base.forward(x, None),
-        }
-    }
-
-    /// [`Self::forward`] plus `residual`.
-    ///
-    /// # Shapes
-    /// `x` (…, in); `residual` (…, out) -> (…, out).
-    ///
-    /// # Errors
-    /// If shapes do not fit.
-    pub fn forward_onto(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        match &self.adapter {
-            Some((_, switch)) if switch.is_on() => ops::add(&self.forward(x)?, residual),
-            _ => self.base.forward(x, Some(residual)),
-        }
     }
 }
 

@@ -9,14 +9,14 @@ use std::{
     collections::BTreeSet,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
 use candle_core::{Device, Result, Tensor, Var, bail};
 
 use crate::{
-    lora::{Adapter, AdapterSet},
+    lora::{Adapter, AdapterPart, AdapterSet},
     ops::WeightType,
 };
 
@@ -30,24 +30,39 @@ pub trait TensorSource {
 }
 
 /// Turns all adapters of one model on or off together. Cloning shares the switch.
-#[derive(Debug, Clone)]
-pub struct AdapterSwitch(Arc<AtomicBool>);
+#[derive(Debug, Clone, Default)]
+pub struct AdapterSwitch(Arc<Switch>);
 
-impl Default for AdapterSwitch {
-    fn default() -> Self {
-        Self(Arc::new(AtomicBool::new(true)))
-    }
+#[derive(Debug, Default)]
+struct Switch {
+    off: AtomicBool,
+    /// Odd while constants are held; goes up by one at each change.
+    holds: AtomicU64,
 }
 
 impl AdapterSwitch {
     /// Whether adapters take part in the forward pass.
     pub fn is_on(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        !self.0.off.load(Ordering::Relaxed)
     }
 
     /// Turns them on or off.
     pub fn set(&self, on: bool) {
-        self.0.store(on, Ordering::Relaxed);
+        self.0.off.store(!on, Ordering::Relaxed);
+    }
+
+    /// From now on, or no longer: what the backward takes for constant though it depends on adapters (DoRA's norms) keeps the
+    /// value of the first forward pass.
+    pub fn hold_constants(&self, hold: bool) {
+        if self.held().is_some() != hold {
+            self.0.holds.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// While constants are held, the number of that period.
+    pub(super) fn held(&self) -> Option<u64> {
+        let holds = self.0.holds.load(Ordering::Relaxed);
+        (holds % 2 == 1).then_some(holds)
     }
 }
 
@@ -80,6 +95,38 @@ impl ModuleKind {
             Self::Conv2d {
                 in_channels, kernel, ..
             } => vec![rank, in_channels, kernel, kernel],
+        }
+    }
+
+    /// Shape of `magnitude`.
+    pub fn magnitude_shape(self) -> Vec<usize> {
+        match self {
+            Self::Linear { out_features, .. } => vec![out_features],
+            Self::Conv2d { out_channels, .. } => vec![1, out_channels, 1, 1],
+        }
+    }
+
+    /// Shape of the layer's weight.
+    pub fn weight_shape(self) -> Vec<usize> {
+        match self {
+            Self::Linear {
+                in_features,
+                out_features,
+            } => vec![out_features, in_features],
+            Self::Conv2d {
+                in_channels,
+                out_channels,
+                kernel,
+            } => vec![out_channels, in_channels, kernel, kernel],
+        }
+    }
+
+    /// Shape of one of an adapter's tensors.
+    pub fn shape_of(self, part: AdapterPart, rank: usize) -> Vec<usize> {
+        match part {
+            AdapterPart::A => self.lora_a_shape(rank),
+            AdapterPart::B => self.lora_b_shape(rank),
+            AdapterPart::Magnitude => self.magnitude_shape(),
         }
     }
 
@@ -202,11 +249,11 @@ impl<'a> Loading<'a> {
         self.adaptable.borrow().clone()
     }
 
-    /// `A` and `B` of every adapter that found its module, in sorted order.
-    pub fn adapter_vars(&self) -> Vec<(Var, Var)> {
+    /// The tensors of every adapter that found its module, in sorted order.
+    pub fn adapter_vars(&self) -> Vec<Var> {
         let used = self.used.borrow();
         let adapters = used.iter().filter_map(|key| self.adapters.modules.get(key));
-        adapters.map(|m| (m.a.clone(), m.b.clone())).collect()
+        adapters.flat_map(|m| m.tensors().map(|(_, var)| var.clone())).collect()
     }
 
     /// To be called when the model is built.
@@ -253,6 +300,11 @@ impl Params<'_> {
         } else {
             format!("{}.{name}", self.path)
         }
+    }
+
+    /// Its path.
+    pub(super) fn path(&self) -> &str {
+        &self.path
     }
 
     /// Whether this is a dry build: tensors have their shape but no memory, and packing them is a waste.
@@ -306,13 +358,14 @@ impl Params<'_> {
         let Some(adapter) = self.loading.adapters.modules.get(&name) else {
             return Ok(None);
         };
-        let (a, b) = (kind.lora_a_shape(adapter.rank), kind.lora_b_shape(adapter.rank));
-        if adapter.a.dims() != a || adapter.b.dims() != b {
-            bail!(
-                "adapter {name}: lora_A {:?} and lora_B {:?} do not fit; expected {a:?} and {b:?}",
-                adapter.a.dims(),
-                adapter.b.dims()
-            );
+        for (part, var) in adapter.tensors() {
+            let expected = kind.shape_of(part, adapter.rank());
+            if var.dims() != expected {
+                bail!(
+                    "adapter {name}: {part} {:?} does not fit; expected {expected:?}",
+                    var.dims()
+                )
+            }
         }
         self.loading.used.borrow_mut().insert(name);
         Ok(Some((adapter.clone(), self.loading.switch.clone())))

@@ -117,6 +117,31 @@ fn conv2d_input_grad(kernel: &Tensor, geometry: ConvGeometry, g: &Tensor, h: usi
     dx.permute((0, 2, 3, 1))?.contiguous()
 }
 
+/// Gradient of a convolution's kernel: per tap, the product of what left through it and what it read.
+///
+/// # Shapes
+/// `x` (b, h, w, in); `u` (b, h', w', out) -> (out, in, kernel, kernel).
+pub(super) fn conv2d_kernel_grad(x: &Tensor, u: &Tensor, geometry: ConvGeometry) -> Result<Tensor> {
+    let (_, height, width, r) = u.dims4()?;
+    let (before, after) = geometry.padding;
+    let padded = x.pad_with_zeros(1, before, after)?.pad_with_zeros(2, before, after)?;
+    let ut = u.reshape(((), r))?.t()?;
+    let read = |tap: usize, n: usize| {
+        let at: Vec<u32> = (0..n).map(|i| (i * geometry.stride + tap) as u32).collect();
+        Tensor::new(at, x.device())
+    };
+    let mut taps = Vec::with_capacity(geometry.kernel * geometry.kernel);
+    for ky in 0..geometry.kernel {
+        let rows = padded.index_select(&read(ky, height)?, 1)?;
+        for kx in 0..geometry.kernel {
+            let pixels = rows.index_select(&read(kx, width)?, 2)?;
+            taps.push(ut.matmul(&pixels.reshape(((), pixels.dim(D::Minus1)?))?)?);
+        }
+    }
+    let k = x.dim(D::Minus1)?;
+    Tensor::stack(&taps, 2)?.reshape((r, k, geometry.kernel, geometry.kernel))
+}
+
 /// Group norm of channels-last pictures or tokens, then SiLU if asked for.
 ///
 /// # Errors

@@ -24,6 +24,14 @@ pub enum WeightType {
 }
 
 impl WeightType {
+    /// The values that a weight has when it is held so.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn round(self, weight: &candle_core::Tensor) -> candle_core::Result<candle_core::Tensor> {
+        weight.to_dtype(self.on_devices())?.to_dtype(DType::F32)
+    }
+
     /// The type of the tensor on a device other than the CPU.
     pub(super) fn on_devices(self) -> DType {
         match self {

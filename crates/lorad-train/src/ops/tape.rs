@@ -128,15 +128,15 @@ fn add_to(gradients: &mut HashMap<TensorId, Tensor>, id: TensorId, part: Tensor)
     Ok(())
 }
 
-/// Runs `f` on a tape and makes its result one op of candle's graph, through which each variable of `pairs` that `f` used
-/// gets its gradient; a variable that `f` did not reach gets none.
+/// Runs `f` on a tape and makes its result one op of candle's graph, through which each of `variables` that `f` used gets
+/// its gradient; a variable that `f` did not reach gets none.
 ///
 /// Everything else that `f` reads must be untracked and on the CPU. The backward can run once.
 ///
 /// # Errors
 /// What `f` returns.
-pub fn on_tape(pairs: &[(Var, Var)], f: impl FnOnce() -> Result<Tensor> + Send) -> Result<Tensor> {
-    on_tape_from(pairs, &[], f)
+pub fn on_tape(variables: &[Var], f: impl FnOnce() -> Result<Tensor> + Send) -> Result<Tensor> {
+    on_tape_from(variables, &[], f)
 }
 
 /// [`on_tape`] where `f` also reads `inputs`: results in candle's graph, of another tape for instance, which get their
@@ -145,7 +145,7 @@ pub fn on_tape(pairs: &[(Var, Var)], f: impl FnOnce() -> Result<Tensor> + Send) 
 /// # Errors
 /// What `f` returns.
 pub fn on_tape_from(
-    pairs: &[(Var, Var)],
+    variables: &[Var],
     inputs: &[&Tensor],
     f: impl FnOnce() -> Result<Tensor> + Send,
 ) -> Result<Tensor> {
@@ -159,19 +159,19 @@ pub fn on_tape_from(
     // Candle's ops take three operands at most, so the variables are handed in by a chain of ops on a scalar.
     let mut chain = Tensor::zeros((), candle_core::DType::F32, value.device())?;
     let mut known = HashSet::new();
-    for (a, b) in pairs {
-        let (found, ids) = (Arc::clone(&found), [a.id(), b.id()]);
-        known.extend(ids);
-        chain = attach_to_graph(
-            "tape-variables",
-            &[&chain, a.as_tensor(), b.as_tensor()],
-            Value::Cpu(vec![0.0]),
-            (),
-            move |g, _| {
-                let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
-                Ok([Some(g.clone()), found.remove(&ids[0]), found.remove(&ids[1])])
-            },
-        )?;
+    for pair in variables.chunks(2) {
+        let (found, ids) = (
+            Arc::clone(&found),
+            [pair.first().map(|v| v.id()), pair.get(1).map(|v| v.id())],
+        );
+        known.extend(ids.into_iter().flatten());
+        let mut inputs = vec![&chain];
+        inputs.extend(pair.iter().map(Var::as_tensor));
+        chain = attach_to_graph("tape-variables", &inputs, Value::Cpu(vec![0.0]), (), move |g, _| {
+            let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
+            let [a, b] = ids.map(|id| found.remove(&id?));
+            Ok([Some(g.clone()), a, b])
+        })?;
     }
     for input in inputs.iter().filter(|t| t.track_op()) {
         let (found, id) = (Arc::clone(&found), input.id());
@@ -269,13 +269,12 @@ mod tests {
         testing::{random, values},
     };
 
-    fn pair() -> (Var, Var) {
-        let var = |t: Tensor| Var::from_tensor(&t).unwrap();
-        (var(random(&[2, 6], 1)), var(random(&[6, 2], 2)))
+    fn pair() -> [Var; 2] {
+        [random(&[2, 6], 1), random(&[6, 2], 2)].map(|t| Var::from_tensor(&t).unwrap())
     }
 
     /// Two adapted layers with the same adapter and a residual around both: every kind of edge.
-    fn model(x: &Tensor, (a, b): &(Var, Var), recompute: bool) -> Result<Tensor> {
+    fn model(x: &Tensor, [a, b]: &[Var; 2], recompute: bool) -> Result<Tensor> {
         let layer = FrozenLinear::new(&random(&[6, 6], 3), None)?;
         let (a, b) = (a.clone(), b.clone());
         let block = move |x: &[Tensor]| {
@@ -287,11 +286,11 @@ mod tests {
         ops::add(&segment(&[&h], recompute, block)?, &h)
     }
 
-    fn gradients(pair: &(Var, Var), y: &Tensor) -> Vec<f32> {
+    fn gradients(pair: &[Var; 2], y: &Tensor) -> Vec<f32> {
         let loss = (y * random(y.dims(), 9)).unwrap().sum_all().unwrap();
         let grads = loss.backward().unwrap();
-        let mut all = values(grads.get(pair.0.as_tensor()).unwrap());
-        all.extend(values(grads.get(pair.1.as_tensor()).unwrap()));
+        let mut all = values(grads.get(pair[0].as_tensor()).unwrap());
+        all.extend(values(grads.get(pair[1].as_tensor()).unwrap()));
         all
     }
 
@@ -299,7 +298,7 @@ mod tests {
     fn the_tape_gives_the_gradients_of_candles_graph() {
         let (x, pair) = (random(&[6, 6], 4), pair());
         let graph = model(&x, &pair, false).unwrap();
-        let taped = on_tape(std::slice::from_ref(&pair), || model(&x, &pair, false)).unwrap();
+        let taped = on_tape(&pair, || model(&x, &pair, false)).unwrap();
         assert_eq!(values(&graph), values(&taped));
         let (graph, taped) = (gradients(&pair, &graph), gradients(&pair, &taped));
         for (a, b) in graph.iter().zip(&taped) {
@@ -319,8 +318,8 @@ mod tests {
         for recompute in [false, true] {
             // A tape's backward runs once, so each pair's gradients get a run of their own.
             let run = || {
-                let h = on_tape(std::slice::from_ref(&first), || model(&x, &first, recompute))?;
-                on_tape_from(std::slice::from_ref(&second), &[&h], || model(&h, &second, recompute))
+                let h = on_tape(&first, || model(&x, &first, recompute))?;
+                on_tape_from(&second, &[&h], || model(&h, &second, recompute))
             };
             let taped = [gradients(&first, &run().unwrap()), gradients(&second, &run().unwrap())].concat();
             for (a, b) in gradients_of_both(&graph).iter().zip(&taped) {
@@ -332,8 +331,8 @@ mod tests {
     #[test]
     fn an_input_that_the_tape_does_not_use_gets_zeros() {
         let (x, first, second) = (random(&[6, 6], 4), pair(), pair());
-        let h = on_tape(std::slice::from_ref(&first), || model(&x, &first, false)).unwrap();
-        let y = on_tape_from(std::slice::from_ref(&second), &[&h], || model(&x, &second, false)).unwrap();
+        let h = on_tape(&first, || model(&x, &first, false)).unwrap();
+        let y = on_tape_from(&second, &[&h], || model(&x, &second, false)).unwrap();
         assert!(gradients(&first, &y).iter().all(|v| *v == 0.0));
     }
 
@@ -341,7 +340,7 @@ mod tests {
     fn what_is_computed_again_gives_the_same_bits_as_what_is_kept() {
         let (x, pair) = (random(&[6, 6], 4), pair());
         let run = |recompute| {
-            let y = on_tape(std::slice::from_ref(&pair), || model(&x, &pair, recompute)).unwrap();
+            let y = on_tape(&pair, || model(&x, &pair, recompute)).unwrap();
             gradients(&pair, &y)
         };
         assert_eq!(run(false), run(true));
@@ -350,28 +349,25 @@ mod tests {
     #[test]
     fn a_variable_that_the_result_does_not_depend_on_gets_no_gradient() {
         let (x, used, other) = (random(&[6, 6], 4), pair(), pair());
-        let y = on_tape(&[used.clone(), other.clone()], || model(&x, &used, false)).unwrap();
+        let y = on_tape(&[&used[..], &other[..]].concat()[..3], || model(&x, &used, false)).unwrap();
         let grads = y.sum_all().unwrap().backward().unwrap();
-        assert!(grads.get(used.0.as_tensor()).is_some());
-        assert!(grads.get(other.0.as_tensor()).is_none());
+        assert!(grads.get(used[0].as_tensor()).is_some());
+        assert!(grads.get(other[0].as_tensor()).is_none());
     }
 
     #[test]
     fn a_variable_that_was_not_named_and_a_second_backward_are_errors() {
         let (x, pair) = (random(&[6, 6], 4), pair());
-        let y = on_tape(&[self::pair()], || model(&x, &pair, false)).unwrap();
+        let y = on_tape(&self::pair(), || model(&x, &pair, false)).unwrap();
         assert!(!y.track_op() || y.sum_all().unwrap().backward().is_err());
-        let loss = on_tape(std::slice::from_ref(&pair), || model(&x, &pair, false))
-            .unwrap()
-            .sum_all()
-            .unwrap();
+        let loss = on_tape(&pair, || model(&x, &pair, false)).unwrap().sum_all().unwrap();
         loss.backward().unwrap();
         assert!(loss.backward().is_err());
     }
 
     #[test]
     fn a_failure_inside_leaves_no_tape_behind() {
-        assert!(on_tape(&[pair()], || bail!("no")).is_err());
+        assert!(on_tape(&pair(), || bail!("no")).is_err());
         assert!(!is_recording());
     }
 }

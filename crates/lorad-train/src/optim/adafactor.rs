@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{D, Result, Tensor, bail};
+use candle_core::{D, Result, Tensor};
 
 use super::{Layout, Rule};
 
@@ -20,13 +20,23 @@ pub struct AdafactorConfig {
     pub weight_decay: f64,
 }
 
-/// Second moment of one tensor of two or more dimensions.
+/// Second moment of one tensor.
 #[derive(Debug)]
-struct Factors {
-    /// Mean over the last dimension.
-    row: Tensor,
-    /// Mean over the last but one.
-    col: Tensor,
+enum Moment {
+    /// Of two or more dimensions: means over the last dimension, and over the last but one.
+    Factored { row: Tensor, col: Tensor },
+    /// Of a vector: whole.
+    Whole(Tensor),
+}
+
+impl Moment {
+    /// Each part with the ending of its name.
+    fn parts(&self) -> Vec<(&'static str, &Tensor)> {
+        match self {
+            Self::Factored { row, col } => vec![("exp_avg_sq_row", row), ("exp_avg_sq_col", col)],
+            Self::Whole(whole) => vec![("exp_avg_sq", whole)],
+        }
+    }
 }
 
 /// With a learning rate of its own, neither scaled by the parameters nor relative to the step: what
@@ -37,48 +47,49 @@ struct Factors {
 #[derive(Debug)]
 pub(super) struct Adafactor {
     config: AdafactorConfig,
-    factors: Vec<Factors>,
+    moments: Vec<Moment>,
 }
 
 impl Adafactor {
     pub(super) fn new(config: AdafactorConfig, layout: &Layout) -> Result<Self> {
-        let factors = layout
+        let moments = layout
             .tensors()
-            .map(|(name, shape)| {
+            .map(|(_, shape)| {
                 let n = shape.len();
+                let zeros = |shape: &[usize]| Tensor::zeros(shape, candle_core::DType::F32, layout.device());
                 if n < 2 {
-                    bail!("{name} has {n} dimensions; Adafactor needs two")
+                    return Ok(Moment::Whole(zeros(shape)?));
                 }
-                let row = shape[..n - 1].to_vec();
-                let col = [&shape[..n - 2], &shape[n - 1..]].concat();
-                let zeros = |shape: Vec<usize>| Tensor::zeros(shape, candle_core::DType::F32, layout.device());
-                Ok(Factors {
-                    row: zeros(row)?,
-                    col: zeros(col)?,
+                Ok(Moment::Factored {
+                    row: zeros(&shape[..n - 1])?,
+                    col: zeros(&[&shape[..n - 2], &shape[n - 1..]].concat())?,
                 })
             })
             .collect::<Result<_>>()?;
-        Ok(Self { config, factors })
+        Ok(Self { config, moments })
     }
 }
 
 impl Rule for Adafactor {
     fn update(&mut self, layout: &Layout, step: u64, parameters: Tensor, gradient: &Tensor, lr: f64) -> Result<Tensor> {
         let beta2 = 1.0 - (step as f64).powf(DECAY_RATE);
-        let mut updates = Vec::with_capacity(self.factors.len());
-        for (gradient, factors) in layout.views(gradient)?.into_iter().zip(&mut self.factors) {
+        let mut updates = Vec::with_capacity(self.moments.len());
+        for (gradient, moment) in layout.views(gradient)?.into_iter().zip(&mut self.moments) {
             let square = (gradient.sqr()? + EPSILON)?;
             let mixed = |old: &Tensor, new: Tensor| (old * beta2)? + (new * (1.0 - beta2))?;
-            factors.row = mixed(&factors.row, square.mean(D::Minus1)?)?;
-            factors.col = mixed(&factors.col, square.mean(D::Minus2)?)?;
-            let row = factors
-                .row
-                .broadcast_div(&factors.row.mean_keepdim(D::Minus1)?)?
-                .sqrt()?
-                .recip()?
-                .unsqueeze(D::Minus1)?;
-            let col = factors.col.sqrt()?.recip()?.unsqueeze(factors.col.rank() - 1)?;
-            let update = (row.broadcast_mul(&col)? * gradient)?;
+            let update = match moment {
+                Moment::Whole(whole) => {
+                    *whole = mixed(whole, square)?;
+                    (whole.sqrt()?.recip()? * gradient)?
+                }
+                Moment::Factored { row, col } => {
+                    *row = mixed(row, square.mean(D::Minus1)?)?;
+                    *col = mixed(col, square.mean(D::Minus2)?)?;
+                    let rows = row.broadcast_div(&row.mean_keepdim(D::Minus1)?)?.sqrt()?.recip()?;
+                    let cols = col.sqrt()?.recip()?.unsqueeze(col.rank() - 1)?;
+                    (rows.unsqueeze(D::Minus1)?.broadcast_mul(&cols)? * gradient)?
+                }
+            };
             let rms = (update.sqr()?.mean_all()?.sqrt()? / CLIP_THRESHOLD)?.maximum(1.0)?;
             updates.push(update.broadcast_div(&rms)?.flatten_all()?);
         }
@@ -88,20 +99,25 @@ impl Rule for Adafactor {
 
     fn state(&self, layout: &Layout) -> Result<BTreeMap<String, Tensor>> {
         let mut state = BTreeMap::new();
-        for ((name, _), factors) in layout.tensors().zip(&self.factors) {
-            state.insert(format!("{name}.exp_avg_sq_row"), factors.row.copy()?);
-            state.insert(format!("{name}.exp_avg_sq_col"), factors.col.copy()?);
+        for ((name, _), moment) in layout.tensors().zip(&self.moments) {
+            for (part, tensor) in moment.parts() {
+                state.insert(format!("{name}.{part}"), tensor.copy()?);
+            }
         }
         Ok(state)
     }
 
     fn load(&mut self, layout: &Layout, state: &BTreeMap<String, Tensor>) -> Result<()> {
-        for ((name, _), factors) in layout.tensors().zip(&mut self.factors) {
-            let read = |kind: &str, like: &Tensor| layout.read(&format!("{name}.{kind}"), like.dims(), state);
-            *factors = Factors {
-                row: read("exp_avg_sq_row", &factors.row)?,
-                col: read("exp_avg_sq_col", &factors.col)?,
-            };
+        for ((name, _), moment) in layout.tensors().zip(&mut self.moments) {
+            let mut parts = Vec::with_capacity(2);
+            for (part, like) in moment.parts() {
+                parts.push(layout.read(&format!("{name}.{part}"), like.dims(), state)?);
+            }
+            match (moment, parts.as_slice()) {
+                (Moment::Factored { row, col }, [r, c]) => (*row, *col) = (r.clone(), c.clone()),
+                (Moment::Whole(whole), [w]) => *whole = w.clone(),
+                _ => {}
+            }
         }
         Ok(())
     }

@@ -151,6 +151,7 @@ pub(crate) fn spec(pipeline: &str, dataset: &Path, attempt_dir: PathBuf, given: 
         threads: None,
         cache: lorad_proto::spec::Cache::default(),
         attempt_dir,
+        init_adapter: None,
         resume_from: None,
     }
 }

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     lora::AdapterSet,
-    nn::{AdaptableModule, AdapterSwitch, LayerNorm, Linear, Loading, LoraLinear, Params},
+    nn::{AdaptableModule, AdapterSwitch, LayerNorm, Linear, Loading, LoraLinear, Params, dropout},
     ops::{self, Activation},
 };
 
@@ -28,8 +28,8 @@ pub struct ClipTextModel {
     layers: Vec<Arc<EncoderLayer>>,
     final_layer_norm: LayerNorm,
     switch: AdapterSwitch,
-    /// A and B of every adapter.
-    adapters: Vec<(Var, Var)>,
+    /// Every tensor of every adapter.
+    adapters: Vec<Var>,
     checkpointing: AtomicBool,
 }
 
@@ -85,7 +85,9 @@ impl ClipTextModel {
             .reshape((b, l, width))?;
         let x = tokens.broadcast_add(&self.position_embedding.narrow(0, 0, l)?)?;
         if self.switch.is_on() && !self.adapters.is_empty() && x.device().is_cpu() {
-            ops::on_tape(&self.adapters, || self.encode(x))
+            // The tape runs on another thread.
+            let dropout = dropout::current();
+            ops::on_tape(&self.adapters, || dropout::with_dropout(dropout, || self.encode(x)))
         } else {
             self.encode(x)
         }
@@ -95,8 +97,10 @@ impl ClipTextModel {
         let recompute = self.checkpointing.load(Ordering::Relaxed);
         for layer in &self.layers {
             let layer = Arc::clone(layer);
+            // What is computed again for the backward must drop the same.
+            let dropout = dropout::current();
             x = ops::segment(&[&x], recompute, move |inputs| match inputs {
-                [x] => layer.forward(x),
+                [x] => dropout::with_dropout(dropout.clone(), || layer.forward(x)),
                 _ => bail!("an encoder layer with {} inputs", inputs.len()),
             })?;
         }
@@ -106,6 +110,11 @@ impl ClipTextModel {
     /// As [`super::unet::UNet2DConditionModel::set_gradient_checkpointing`].
     pub fn set_gradient_checkpointing(&self, on: bool) {
         self.checkpointing.store(on, Ordering::Relaxed);
+    }
+
+    /// As [`super::unet::UNet2DConditionModel::hold_constants`].
+    pub fn hold_constants(&self, hold: bool) {
+        self.switch.hold_constants(hold);
     }
 
     /// Whether the adapters take part in [`Self::forward`]. On at first.

@@ -1,5 +1,6 @@
 //! Stable Diffusion 1.x and 2.x: UNet2DConditionModel, CLIP text encoder, AutoencoderKL.
 
+mod adapters;
 mod cache;
 pub mod clip;
 pub mod config;
@@ -24,12 +25,10 @@ use lorad_proto::{
 };
 use serde_json::{Map, Value, json};
 
-use self::{schema::BaseFacts, unet::adaptable_modules, weights::BaseFolder};
+use self::{adapters::AdapterSettings, schema::BaseFacts, weights::BaseFolder};
 use crate::{
     Result,
     diffusion::schedule::NoiseSchedule,
-    lora::target::TargetModules,
-    nn::AdaptableModule,
     task::{Family, Reporter, Task},
 };
 
@@ -98,7 +97,7 @@ impl Family for Sd1 {
         base.check()?;
         let schedule = NoiseSchedule::from_config(&base.scheduler_config())?;
         let tokenizer = base.tokenizer()?;
-        let modules = modules(&base)?;
+        let modules = adapters::modules(&base)?;
         let details = json!({
             "unet_channels": base.unet.block_out_channels,
             "unet_parameters": parameters(&base, keys::Part::Unet)?,
@@ -142,6 +141,17 @@ impl Family for Sd1 {
         )
     }
 
+    fn adopt_adapter(
+        &self,
+        dir: &Path,
+        file: &Path,
+        given: &Map<String, Value>,
+        hyperparameters: &mut Map<String, Value>,
+    ) -> Result<(), Problem> {
+        let base = BaseFolder::open(dir)?;
+        adapters::adopt(&base, file, given, hyperparameters).map_err(crate::TrainError::into_problem)
+    }
+
     fn plan(
         &self,
         dir: &Path,
@@ -152,28 +162,20 @@ impl Family for Sd1 {
     ) -> Result<Plan, Problem> {
         let number = |name: &str| hyperparameters.get(name).and_then(Value::as_u64).unwrap_or(1);
         let base = BaseFolder::open(dir)?;
-        let targets = hyperparameters
-            .get("target_modules")
-            .cloned()
-            .unwrap_or_else(|| json!("attention"));
-        let mut selected = selected_modules(&base, &targets)?;
+        let adapters = AdapterSettings::from_resolved(hyperparameters)?;
+        let trainable_params = adapters.params(&adapters.choose(&base)?);
         let on = |name: &str| hyperparameters.get(name) == Some(&Value::Bool(true));
-        if on("train_text_encoder") {
-            selected.extend(text_encoder_modules(&base)?);
-        }
-        let rank = number("lora_rank") as usize;
-        let trainable_params: u64 = selected
-            .iter()
-            .map(|m| {
-                let size = |shape: Vec<usize>| shape.iter().product::<usize>() as u64;
-                size(m.kind.lora_a_shape(rank)) + size(m.kind.lora_b_shape(rank))
-            })
-            .sum();
         let (batch, items) = (number("batch_size"), u64::from(n_items));
         let mut warnings = Vec::new();
         if batch > items && items > 0 {
             warnings.push(format!(
                 "batch_size {batch} is larger than the dataset: every step sees all {items} pictures."
+            ));
+        }
+        if adapters.use_dora() {
+            warnings.push(format!(
+                "With use_dora there is no kohya file: {}.",
+                crate::export::NO_KOHYA_DORA
             ));
         }
         let total_steps = schema::steps(hyperparameters, n_items as usize);
@@ -217,49 +219,6 @@ impl Family for Sd1 {
     fn open(&self, spec: &AttemptSpec, device: &Device, reporter: &dyn Reporter) -> Result<Box<dyn Task>> {
         Ok(Box::new(train::Sd1Task::open(spec, device, reporter)?))
     }
-}
-
-fn modules(base: &BaseFolder) -> Result<Vec<AdaptableModule>, Problem> {
-    adaptable_modules(&base.unet).map_err(|e| {
-        Problem::new(
-            "base_model.invalid_config",
-            "A config file of the base model is not valid",
-            e.to_string(),
-        )
-    })
-}
-
-/// The modules of the text encoder that get an adapter where it is trained.
-fn text_encoder_modules(base: &BaseFolder) -> Result<Vec<AdaptableModule>, Problem> {
-    clip::adaptable_modules(&base.text_encoder).map_err(|e| {
-        Problem::new(
-            "base_model.invalid_config",
-            "A config file of the base model is not valid",
-            e.to_string(),
-        )
-    })
-}
-
-/// The modules of the UNet that `target_modules` chooses.
-fn selected_modules(base: &BaseFolder, targets: &Value) -> Result<Vec<AdaptableModule>, Problem> {
-    let modules = modules(base)?;
-    let refused = |details: Vec<String>| {
-        let errors = details
-            .iter()
-            .map(|d| FieldError::new("/hyperparameters/target_modules", "no_match", d.clone()))
-            .collect();
-        Problem::new(
-            "target_modules.no_match",
-            "target_modules does not fit the base model",
-            details.join("; "),
-        )
-        .with_hint("Use a preset: attention or transformer.")
-        .with_errors(errors)
-    };
-    TargetModules::parse(targets)
-        .map_err(|e| refused(vec![e]))?
-        .select(&modules)
-        .map_err(refused)
 }
 
 fn parameters(base: &BaseFolder, part: keys::Part) -> Result<u64, Problem> {

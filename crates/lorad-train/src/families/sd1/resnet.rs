@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use crate::{
-    nn::{Conv2d, GroupNorm, Linear, Params},
+    nn::{GroupNorm, Linear, LoraConv2d, LoraLinear, Params},
     ops::{Conv2dPlus, ConvGeometry},
 };
 
@@ -29,11 +29,11 @@ pub(super) struct ResnetSizes {
 #[derive(Debug)]
 pub(super) struct ResnetBlock {
     norm1: GroupNorm,
-    conv1: Conv2d,
+    conv1: LoraConv2d,
     time_emb_proj: Option<Linear>,
     norm2: GroupNorm,
-    conv2: Conv2d,
-    conv_shortcut: Option<Linear>,
+    conv2: LoraConv2d,
+    conv_shortcut: Option<LoraLinear>,
 }
 
 impl ResnetBlock {
@@ -48,16 +48,16 @@ impl ResnetBlock {
         let same = ConvGeometry::new(3, 1, 1);
         Ok(Self {
             norm1: GroupNorm::load(&params.at("norm1"), input, groups, eps)?,
-            conv1: Conv2d::load(&params.at("conv1"), input, output, same)?,
+            conv1: LoraConv2d::load(&params.at("conv1"), input, output, same)?,
             time_emb_proj: time
                 .map(|t| Linear::load(&params.at("time_emb_proj"), t, output, true))
                 .transpose()?,
             norm2: GroupNorm::load(&params.at("norm2"), output, groups, eps)?,
-            conv2: Conv2d::load(&params.at("conv2"), output, output, same)?,
+            conv2: LoraConv2d::load(&params.at("conv2"), output, output, same)?,
             conv_shortcut: if input == output {
                 None
             } else {
-                Some(Linear::load_conv1x1(&params.at("conv_shortcut"), input, output)?)
+                Some(LoraLinear::load_conv1x1(&params.at("conv_shortcut"), input, output)?)
             },
         })
     }
@@ -78,11 +78,7 @@ impl ResnetBlock {
             },
         )?;
         let h = self.norm2.forward_silu(&h)?;
-        let shortcut = self
-            .conv_shortcut
-            .as_ref()
-            .map(|conv| conv.forward(x, None))
-            .transpose()?;
+        let shortcut = self.conv_shortcut.as_ref().map(|conv| conv.forward(x)).transpose()?;
         let residual = Some(shortcut.as_ref().unwrap_or(x));
         self.conv2.forward(
             &h,

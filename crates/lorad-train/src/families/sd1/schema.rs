@@ -5,11 +5,11 @@ use lorad_proto::problem::FieldError;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use super::adapters::AdapterSettings;
 use crate::{
     data::{self, DataConfig},
     diffusion::loss::{self, LossConfig},
     diffusion::schedule::PredictionType,
-    lora::init::LoraInit,
     ops::WeightType,
     optim,
     schema::{Field, Group, Kind, field, not_negative, positive},
@@ -113,6 +113,62 @@ static FIELDS: &[Field] = &[
         "",
         Basic,
         "Which layers get an adapter: the preset attention (to_q, to_k, to_v, to_out.0) or transformer (also the MLPs and projections), a list of last path parts, or a pattern for whole paths.",
+    ),
+    field(
+        "conv_rank",
+        Kind::Integer { min: 0, max: 1024 },
+        "0",
+        "",
+        Advanced,
+        "Rank of adapters on the convolutions of the UNet's residual blocks and between its levels (LoCon); 0: they get none.",
+    ),
+    field(
+        "conv_alpha",
+        positive(4096.0),
+        "null",
+        "",
+        Advanced,
+        "The output of adapters on convolutions is scaled by conv_alpha / conv_rank; conv_rank if not given.",
+    ),
+    field(
+        "rank_pattern",
+        Kind::Patterns {
+            min: 1.0,
+            max: 1024.0,
+            whole: true,
+        },
+        "{}",
+        "",
+        Advanced,
+        "Other ranks for some modules, as in PEFT: by pattern of the path or of its last parts, the first that matches counts, e.g. {\"attn2.to_k\": 16}.",
+    ),
+    field(
+        "alpha_pattern",
+        Kind::Patterns {
+            min: 1e-6,
+            max: 4096.0,
+            whole: false,
+        },
+        "{}",
+        "",
+        Advanced,
+        "Other alphas for some modules, like rank_pattern; without one a module with another rank keeps lora_alpha.",
+    ),
+    field(
+        "use_dora",
+        Kind::Boolean,
+        "false",
+        "",
+        Advanced,
+        "Train the size of each output's weights apart from their direction (DoRA): often better at low ranks, slower; no kohya file is written, since its readers disagree about DoRA.",
+    ),
+    field(
+        "lora_dropout",
+        not_negative(0.9),
+        "0.0",
+        "probability",
+        Advanced,
+        "How often a value of an adapter's input is replaced by zero during training, against overfitting.",
     ),
     field(
         "train_text_encoder",
@@ -230,11 +286,6 @@ static FIELDS: &[Field] = &[
 /// The resolved settings that the task reads; the loop reads its own.
 #[derive(Debug, Clone, Deserialize)]
 pub(super) struct Settings {
-    pub(super) lora_rank: usize,
-    lora_alpha: f64,
-    use_rslora: bool,
-    pub(super) init_lora_weights: LoraInit,
-    pub(super) target_modules: Value,
     pub(super) learning_rate: f64,
     pub(super) train_text_encoder: bool,
     /// `None`: it is not trained.
@@ -257,20 +308,8 @@ pub(super) struct Settings {
     pub(super) loss: LossConfig,
     #[serde(flatten)]
     pub(super) data: DataConfig,
-}
-
-impl Settings {
-    /// The alpha whose `alpha / rank` is the adapter's scale.
-    ///
-    /// # Source
-    /// Kalajdzievski 2023 for rank-stabilised scaling: `lora_alpha / √rank`.
-    pub(super) fn effective_alpha(&self) -> f64 {
-        if self.use_rslora {
-            self.lora_alpha * (self.lora_rank as f64).sqrt()
-        } else {
-            self.lora_alpha
-        }
-    }
+    #[serde(flatten)]
+    pub(super) adapters: AdapterSettings,
 }
 
 /// `mixed_precision`.
@@ -381,6 +420,7 @@ pub(super) fn resolve(base: BaseFacts<'_>, given: &Map<String, Value>) -> Result
             "text_encoder_lr has no effect without train_text_encoder",
         ));
     }
+    errors.extend(super::adapters::contradictions(given));
     errors.extend(data::contradictions(given, base.resolution, base.multiple));
     errors.extend(optim::fields::contradictions(given));
     errors.extend(validation::contradictions(given));
@@ -408,6 +448,9 @@ pub(super) fn resolve(base: BaseFacts<'_>, given: &Map<String, Value>) -> Result
     data::fill_defaults(&mut map, base.multiple);
     if map["lora_alpha"].is_null() {
         map["lora_alpha"] = json!(map["lora_rank"].as_f64());
+    }
+    if map["conv_alpha"].is_null() && map["conv_rank"] != 0 {
+        map["conv_alpha"] = json!(map["conv_rank"].as_f64());
     }
     if map["prediction_type"] == "auto" {
         map["prediction_type"] = json!(base.prediction_type);
@@ -459,6 +502,7 @@ mod tests {
             open,
             [
                 "max_train_steps",
+                "conv_alpha",
                 "text_encoder_lr",
                 "caption_prefix",
                 "caption_suffix",
@@ -485,16 +529,6 @@ mod tests {
             (errors[0].pointer.as_str(), errors[0].code.as_str()),
             ("/text_encoder_lr", "contradiction")
         );
-    }
-
-    #[test]
-    fn rank_stabilised_scaling_divides_by_the_root_of_the_rank() {
-        let scale = |use_rslora: bool| {
-            let map = resolved(&json!({"lora_rank": 16, "lora_alpha": 8, "use_rslora": use_rslora})).unwrap();
-            let settings: Settings = serde_json::from_value(map.into()).unwrap();
-            settings.effective_alpha() / 16.0
-        };
-        assert_eq!([scale(false), scale(true)], [0.5, 2.0]);
     }
 
     #[test]

@@ -98,6 +98,13 @@ impl Texts {
         }
     }
 
+    /// As [`super::unet::UNet2DConditionModel::hold_constants`].
+    pub(super) fn hold_constants(&self, hold: bool) {
+        if let Some(encoder) = &self.encoder {
+            encoder.model.hold_constants(hold);
+        }
+    }
+
     /// Whether a training step computes the encoder's activations a second time.
     pub(super) fn set_gradient_checkpointing(&self, on: bool) {
         if let Some(encoder) = &self.encoder {

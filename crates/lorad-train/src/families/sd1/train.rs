@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
+    sync::Arc,
 };
 
 use candle_core::{Device, Tensor};
@@ -16,6 +17,7 @@ use lorad_proto::{
 use sha2::{Digest, Sha256};
 
 use super::{
+    adapters::TEXT_ENCODER,
     cache::{self, CachedItem},
     schema::Settings,
     text::Texts,
@@ -28,15 +30,13 @@ use crate::{
     data::{self, TensorCache},
     diffusion::{ddim::Ddim, loss::LossConfig, sample::sample_latents, schedule::NoiseSchedule},
     export::{self, BaseTraits, ExportJob},
-    lora::{AdapterSet, init},
-    nn::{AdaptableModule, ModuleKind},
+    lora::AdapterSet,
+    nn::dropout::{Dropout, with_dropout},
     rng::{Purpose, Stream},
     task::{ExportContext, MicroBatch, Prompt, Reporter, Task},
     validation::{self, Validation},
 };
 
-/// What adapters of the text encoder are called by, before the first dot.
-const TEXT_ENCODER: &str = "text_encoder";
 /// Held-out items that a validation looks at.
 const VALIDATION_ITEMS: usize = 32;
 /// Parts of the schedule that a validation looks at and tells apart.
@@ -159,7 +159,20 @@ impl Sd1Task {
             texts.insert(sampling.negative_prompt.clone());
             texts.extend(sampling.prompts.iter().cloned());
         }
-        let adapters = fresh_adapters(&base, &settings, device)?;
+        let adapters = settings
+            .adapters
+            .fresh(&base, settings.mixed_precision.weight_type(), settings.seed, device)?;
+        // A checkpoint holds everything.
+        if let Some(file) = spec.init_adapter.as_ref().filter(|_| spec.resume_from.is_none()) {
+            let fresh = super::adapters::start_from(&adapters, &base, file)?;
+            let n = adapters.modules.len() - fresh;
+            let rest = if fresh > 0 {
+                format!("; {fresh} more are new")
+            } else {
+                String::new()
+            };
+            reporter.log(Level::Info, &format!("starting from an adapter of {n} modules{rest}"));
+        }
         let texts = Texts::prepare(&base, device, &settings, &adapters, &texts, &mut cache, reporter)?;
         let vae = AutoencoderKl::load(&base, device)?;
         let scaling_factor = vae.scaling_factor();
@@ -242,6 +255,18 @@ impl Sd1Task {
         }
         let mut stream = Stream::new(seed, Purpose::CaptionShuffle, counter);
         settings.data.caption.shuffled(&item.caption, &mut stream)
+    }
+
+    /// What a micro-batch's pass drops from the inputs of adapters.
+    fn dropout(&self, batch: &MicroBatch) -> Option<Arc<Dropout>> {
+        let probability = self.settings.adapters.lora_dropout;
+        (probability > 0.0).then(|| {
+            Arc::new(Dropout {
+                probability,
+                seed: self.settings.seed,
+                sample_counters: batch.sample_counters.clone(),
+            })
+        })
     }
 
     /// Draws everything random of a micro-batch.
@@ -364,32 +389,6 @@ fn stack_masks(masks: &[Option<&Tensor>]) -> candle_core::Result<Option<Tensor>>
     Tensor::stack(&all, 0).map(Some)
 }
 
-/// Adapters at their start for the modules that the settings choose.
-fn fresh_adapters(base: &BaseFolder, settings: &Settings, device: &Device) -> Result<AdapterSet> {
-    let mut adapters = AdapterSet::default();
-    let mut modules: Vec<(String, ModuleKind)> = Vec::new();
-    let mut add = |root: &str, found: Vec<AdaptableModule>| {
-        modules.extend(found.into_iter().map(|m| (format!("{root}.{}", m.path), m.kind)));
-    };
-    add("unet", super::selected_modules(base, &settings.target_modules)?);
-    if settings.train_text_encoder {
-        add(TEXT_ENCODER, super::text_encoder_modules(base)?);
-    }
-    for (path, kind) in modules {
-        let adapter = init::fresh(
-            &path,
-            kind,
-            settings.lora_rank,
-            settings.effective_alpha(),
-            settings.init_lora_weights,
-            settings.seed,
-            device,
-        )?;
-        adapters.modules.insert(path, adapter);
-    }
-    Ok(adapters)
-}
-
 /// A hash of the names, shapes and lengths of the base's tensors and of a few values of each: enough to notice that another
 /// model lies in the folder, without reading gigabytes at every resume.
 fn base_fingerprint(base: &BaseFolder) -> Result<String> {
@@ -429,8 +428,17 @@ impl Task for Sd1Task {
     }
 
     fn loss(&self, batch: &MicroBatch) -> Result<Tensor> {
-        let batch = self.inputs(batch)?;
-        Ok(denoising_loss(&self.unet, &self.schedule, &self.settings.loss, &batch)?)
+        let dropout = self.dropout(batch);
+        // The text encoder has a part in the inputs.
+        with_dropout(dropout, || {
+            let batch = self.inputs(batch)?;
+            Ok(denoising_loss(&self.unet, &self.schedule, &self.settings.loss, &batch)?)
+        })
+    }
+
+    fn hold_constants(&self, hold: bool) {
+        self.unet.hold_constants(hold);
+        self.texts.hold_constants(hold);
     }
 
     /// Noise has unit variance, and so have velocities of scaled latents; other losses weight them.

@@ -7,7 +7,7 @@ use candle_core::{Result, Tensor, bail};
 use super::transformer::{Transformer2D, TransformerSizes};
 use crate::{
     families::sd1::resnet::{ResnetBlock, ResnetSizes},
-    nn::{Conv2d, Params},
+    nn::{LoraConv2d, Params, dropout},
     ops::{self, Conv2dPlus, ConvGeometry},
 };
 
@@ -47,11 +47,15 @@ impl Layer {
     /// [`Self::forward`] as a segment of the tape: on `x`, or on `x` and `skip` side by side.
     fn segment(self: &Arc<Self>, x: &Tensor, skip: Option<&Tensor>, pass: &Pass<'_>) -> Result<Tensor> {
         let (this, time) = (Arc::clone(self), pass.time.clone());
+        // What is computed again for the backward must drop the same.
+        let dropout = dropout::current();
         // The prompt is an input too: where the text encoder is trained, it is tracked.
-        let run = move |inputs: &[Tensor]| match inputs {
-            [x, context] => this.forward(x, &time, context),
-            [x, context, skip] => this.forward(&ops::cat_channels(x, skip)?, &time, context),
-            _ => bail!("a layer with {} inputs", inputs.len()),
+        let run = move |inputs: &[Tensor]| {
+            dropout::with_dropout(dropout.clone(), || match inputs {
+                [x, context] => this.forward(x, &time, context),
+                [x, context, skip] => this.forward(&ops::cat_channels(x, skip)?, &time, context),
+                _ => bail!("a layer with {} inputs", inputs.len()),
+            })
         };
         match skip {
             Some(skip) => ops::segment(&[x, pass.context, skip], pass.recompute, run),
@@ -75,7 +79,7 @@ impl Layer {
 #[derive(Debug)]
 pub(super) struct DownBlock {
     layers: Vec<Arc<Layer>>,
-    downsampler: Option<Conv2d>,
+    downsampler: Option<LoraConv2d>,
 }
 
 impl DownBlock {
@@ -94,7 +98,7 @@ impl DownBlock {
                 Layer::load(params, j, ResnetSizes { input, ..resnet }, transformer)
             })
             .collect::<Result<_>>()?;
-        let conv = || Conv2d::load(&params.at("downsamplers.0.conv"), c, c, ConvGeometry::new(3, 2, 1));
+        let conv = || LoraConv2d::load(&params.at("downsamplers.0.conv"), c, c, ConvGeometry::new(3, 2, 1));
         Ok(Self {
             layers,
             downsampler: downsample.then(conv).transpose()?,
@@ -140,7 +144,7 @@ impl MidBlock {
 #[derive(Debug)]
 pub(super) struct UpBlock {
     layers: Vec<Arc<Layer>>,
-    upsampler: Option<Conv2d>,
+    upsampler: Option<LoraConv2d>,
 }
 
 impl UpBlock {
@@ -162,7 +166,7 @@ impl UpBlock {
                 Layer::load(params, j, ResnetSizes { input, ..resnet }, transformer)
             })
             .collect::<Result<_>>()?;
-        let conv = || Conv2d::load(&params.at("upsamplers.0.conv"), c, c, ConvGeometry::new(3, 1, 1));
+        let conv = || LoraConv2d::load(&params.at("upsamplers.0.conv"), c, c, ConvGeometry::new(3, 1, 1));
         Ok(Self {
             layers,
             upsampler: upsample.then(conv).transpose()?,

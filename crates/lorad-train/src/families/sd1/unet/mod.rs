@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     lora::AdapterSet,
-    nn::{AdaptableModule, AdapterSwitch, Conv2d, GroupNorm, Loading, TensorSource},
+    nn::{AdaptableModule, AdapterSwitch, Conv2d, GroupNorm, Loading, TensorSource, dropout},
     ops::{self, Conv2dPlus, ConvGeometry, WeightType},
 };
 
@@ -40,8 +40,8 @@ pub struct UNet2DConditionModel {
     conv_out: Conv2d,
     downscale: usize,
     switch: AdapterSwitch,
-    /// A and B of every adapter.
-    adapters: Vec<(Var, Var)>,
+    /// The tensors of every adapter.
+    adapters: Vec<Var>,
     checkpointing: AtomicBool,
 }
 
@@ -216,7 +216,10 @@ impl UNet2DConditionModel {
         let trains = self.switch.is_on() && !self.adapters.is_empty() || context.track_op();
         let taped = trains && pixels.device().is_cpu() && !(pixels.track_op() || time.track_op());
         let out = if taped {
-            ops::on_tape_from(&self.adapters, &[&context], || self.channels_last(&pixels, &pass))?
+            // The tape runs on another thread.
+            let dropout = dropout::current();
+            let run = || dropout::with_dropout(dropout, || self.channels_last(&pixels, &pass));
+            ops::on_tape_from(&self.adapters, &[&context], run)?
         } else {
             self.channels_last(&pixels, &pass)?
         };
@@ -245,13 +248,19 @@ impl UNet2DConditionModel {
         self.checkpointing.store(on, Ordering::Relaxed);
     }
 
+    /// See [`AdapterSwitch::hold_constants`].
+    pub fn hold_constants(&self, hold: bool) {
+        self.switch.hold_constants(hold);
+    }
+
     /// Whether the adapters take part in [`Self::forward`]. On at first.
     pub fn set_adapters_enabled(&self, on: bool) {
         self.switch.set(on);
     }
 }
 
-/// Every Linear and 1x1 convolution inside the transformer blocks, in the order of the model, paths without `unet.`.
+/// Every Linear and 1x1 convolution inside the transformer blocks and every convolution of the residual blocks and between
+/// levels, in the order of the model, paths without `unet.`.
 ///
 /// # Errors
 /// If the config cannot make a model.
