@@ -1,6 +1,7 @@
 //! Times the UNet's share of a training step (forward, backward) on this machine's CPU, with the shapes of
 //! `tools/reference/bench_step.py`, and prints one JSON object:
-//! `cargo run --release --workspace --example bench_step -- sd15-b1 5`, more arguments: `checkpointing`, `f16`, `bf16`.
+//! `cargo run --release --workspace --example bench_step -- sd15-b1 5`, more arguments: `checkpointing`, `f16`, `bf16`,
+//! `composed` (the same model made of candle's own ops, frozen weights still without gradients).
 //!
 //! It leaves out clipping and AdamW, which the reference's figure includes (there about 1 % of a step). Weights of
 //! `sd15-…` are random, of Stable Diffusion 1.5's shapes.
@@ -101,6 +102,9 @@ fn main() {
         .map_or(if sd15 { 3 } else { 20 }, |n| n.parse().unwrap());
     let options: Vec<String> = arguments.collect();
     let option = |name: &str| options.iter().any(|o| o == name);
+    if option("composed") {
+        lorad_train::ops::compose_from_candle();
+    }
     let dtype = match (option("f16"), option("bf16")) {
         (true, _) => WeightType::F16,
         (_, true) => WeightType::Bf16,

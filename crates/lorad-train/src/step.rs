@@ -97,16 +97,11 @@ impl Stepper {
         if lambda > 0.0 {
             gradient = (gradient + (&parameters * (2.0 * lambda))?)?;
         }
-        // The one device-to-host read of the step.
-        let figures = Tensor::stack(
-            &[
-                loss.reshape(())?,
-                gradient.sqr()?.sum_all()?,
-                parameters.sqr()?.sum_all()?,
-            ],
-            0,
-        )?
-        .to_vec1::<f32>()?;
+        let figures = read_back(&[
+            loss.reshape(())?,
+            gradient.sqr()?.sum_all()?,
+            parameters.sqr()?.sum_all()?,
+        ])?;
         let l2_penalty = if lambda > 0.0 {
             lambda * f64::from(figures[2])
         } else {
@@ -142,6 +137,17 @@ impl Stepper {
         }
         Ok(Tensor::cat(&parts, 0)?)
     }
+}
+
+thread_local! {
+    /// Calls of [`read_back`] on this thread.
+    static READS: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
+/// Scalars, from the device to the host: the one read of a step, since each waits until the device has done all it was asked.
+fn read_back(scalars: &[Tensor]) -> Result<Vec<f32>> {
+    READS.with(|reads| reads.set(reads.get() + 1));
+    Ok(Tensor::stack(scalars, 0)?.to_vec1::<f32>()?)
 }
 
 /// What gradients are multiplied by.
@@ -240,6 +246,28 @@ mod tests {
         assert!((a.loss - b.loss).abs() < 1e-6 && (a.grad_norm - b.grad_norm).abs() < 1e-5);
         for (x, y) in whole.iter().zip(&parts) {
             assert!((x - y).abs() < 1e-5, "{whole:?} {parts:?}");
+        }
+    }
+
+    #[test]
+    fn a_step_reads_the_device_once_however_many_micro_batches_it_has() {
+        let (whole, parts): (&[&[f32]], &[&[f32]]) = (&[&[0.1, 0.2]], &[&[0.1], &[0.2], &[0.3], &[0.4]]);
+        for parts in [whole, parts] {
+            let before = READS.with(std::cell::Cell::get);
+            run(config(), parts);
+            assert_eq!(READS.with(std::cell::Cell::get) - before, 1);
+        }
+        // Nothing else of what a step runs through reads one.
+        for source in [
+            include_str!("step.rs"),
+            include_str!("run.rs"),
+            include_str!("diffusion/loss.rs"),
+            include_str!("optim/adamw.rs"),
+        ] {
+            let code = source.split("#[cfg(test)]").next().unwrap_or_default();
+            let reads = [".to_scalar", ".to_vec0", ".to_vec1", ".to_vec2"].map(|name| code.matches(name).count());
+            let allowed = usize::from(code.contains("fn read_back"));
+            assert_eq!(reads.iter().sum::<usize>(), allowed);
         }
     }
 

@@ -57,11 +57,14 @@ enum Command {
     },
     /// Time a training step of lorad beside the reference's.
     Bench {
-        /// Shapes, e.g. demo-b16 sd15-b1; all that fit into 16 GB if none is given.
+        /// Shapes, e.g. demo-b16 sd15-b1; all that fit into 16 GB if none is given. `server`: what a server adds to a step.
         shapes: Vec<String>,
         /// Times that each side is run, in turns.
         #[arg(long, default_value_t = 2)]
         rounds: usize,
+        /// Measured steps of each run; by default 20, for sd15 3.
+        #[arg(long)]
+        steps: Option<usize>,
     },
     /// Send the HTTP API requests made from its own description; none may be answered with 5xx.
     Schemathesis {
@@ -133,7 +136,9 @@ fn run(command: Command) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Golden { check } => golden::run(&root, check).map(|()| ExitCode::SUCCESS),
-        Command::Bench { shapes, rounds } => bench::run(&root, &shapes, rounds).map(|()| ExitCode::SUCCESS),
+        Command::Bench { shapes, rounds, steps } => {
+            bench::run(&root, &shapes, bench::Effort { rounds, steps }).map(|()| ExitCode::SUCCESS)
+        }
         Command::Schemathesis { cases, seed } => schemathesis::run(&root, cases, seed).map(|_| ExitCode::SUCCESS),
         Command::Fuzz { seconds, seed } => fuzz(seconds, seed),
         Command::Tidy => tidy::print(&root),

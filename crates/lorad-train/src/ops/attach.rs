@@ -16,7 +16,7 @@ pub(super) type Backward = dyn Fn(&Tensor, [bool; 3]) -> Result<[Option<Tensor>;
 pub(super) enum Value {
     /// On the CPU, row-major.
     Cpu(Vec<f32>),
-    /// On another device, contiguous and detached.
+    /// Made of candle's ops, contiguous and detached.
     Device(Tensor),
     /// On the CPU, contiguous and detached; in candle's graph it is copied.
     Shared(Tensor),
@@ -121,14 +121,13 @@ impl Attached {
     fn cpu(&self) -> Result<(CpuStorage, Shape)> {
         match self.take()? {
             Value::Cpu(values) => Ok((CpuStorage::F32(values), self.shape.clone())),
-            Value::Shared(value) => {
+            Value::Shared(value) | Value::Device(value) => {
                 let (storage, layout) = value.storage_and_layout();
                 match &*storage {
                     Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, self.shape.clone())),
                     _ => bail!("{}: the value is on another device", self.name),
                 }
             }
-            Value::Device(_) => bail!("{}: a device value on the CPU", self.name),
         }
     }
 

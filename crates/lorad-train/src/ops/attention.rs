@@ -10,6 +10,7 @@ use super::{
     buffer::room,
     composed,
     gemm::{Destination, tiles},
+    has_kernels,
     kernel::Walk,
     math::{dot, exp, sum, vectorized},
     packed::{Mat, Packed, Panels, WIDTH},
@@ -43,7 +44,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool)
     if causal && lq != lk {
         bail!("causal attention of {lq} positions on {lk}")
     }
-    if !q.device().is_cpu() {
+    if !has_kernels(q.device()) {
         return composed::attention(q, k, v, heads, causal);
     }
     let sizes = Sizes {

@@ -10,6 +10,7 @@ use super::{
     buffer::room,
     composed,
     gemm::{Start, multiply},
+    has_kernels,
     packed::{Mat, Operand, Packed, WeightType},
     tape::is_tracked,
     winograd::{Pictures, convolve},
@@ -109,7 +110,7 @@ impl FrozenConv2d {
                 weight.dims()
             )
         }
-        let place = if weight.device().is_cpu() {
+        let place = if has_kernels(weight.device()) {
             let taps = kh * kw;
             let weight = with_values([&saved(weight)?], |[w]| {
                 // Row (tap, i) is every output channel's value of that tap and input channel.

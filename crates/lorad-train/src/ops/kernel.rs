@@ -248,3 +248,62 @@ mod x86 {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(n: usize, factor: f32) -> Vec<f32> {
+        (0..n).map(|i| ((i as f32 + 1.0) * factor).sin()).collect()
+    }
+
+    /// `x w` of `m` rows and `count` panels by one form, the second half of the inner dimension added to the first.
+    fn product(isa: Isa, (m, count, len): (usize, usize, usize), row_step: usize, panel_step: usize) -> Vec<f32> {
+        let (x, w) = (
+            numbers(m + len * row_step * m, 0.37),
+            numbers(len * panel_step + 64, 0.11),
+        );
+        let mut out = vec![0.0; m * count * WIDTH];
+        for first in (0..count).step_by(isa.panels()) {
+            let mut tile: Tile = [[f32::NAN; MOST_PANELS * WIDTH]; HEIGHT];
+            let n = isa.panels().min(count - first);
+            for (part, add) in [(0..len / 2, false), (len / 2..len, true)] {
+                let walk = Walk {
+                    len: part.len(),
+                    row_step,
+                    panel_step,
+                };
+                let rows: Vec<&[f32]> = (0..m).map(|r| &x[r * len + part.start * row_step..]).collect();
+                let panels: Vec<&[f32]> = (first..first + n)
+                    .map(|p| &w[p * WIDTH + part.start * panel_step..])
+                    .collect();
+                isa.accumulate(walk, &rows, &panels, add, &mut tile);
+            }
+            for (row, out) in tile.iter().zip(out.chunks_exact_mut(count * WIDTH)) {
+                out[first * WIDTH..(first + n) * WIDTH].copy_from_slice(&row[..n * WIDTH]);
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn every_form_of_the_kernel_gives_the_same_sums_and_those_that_fuse_the_same_bits() {
+        for sizes in [(1, 1, 2), (2, 4, 9), (3, 3, 16), (4, 2, 40), (5, 4, 7), (6, 4, 384)] {
+            for (row_step, panel_step) in [(1, WIDTH), (3, 64)] {
+                let products: Vec<(Isa, Vec<f32>)> = Isa::available()
+                    .map(|isa| (isa, product(isa, sizes, row_step, panel_step)))
+                    .collect();
+                for pair in products.windows(2) {
+                    let [(a, x), (b, y)] = pair else { continue };
+                    assert_eq!(x.len(), sizes.0 * sizes.1 * WIDTH);
+                    let fused = *b != Isa::Baseline || cfg!(target_arch = "aarch64");
+                    assert!(!fused || x == y, "{a:?} and {b:?}, {sizes:?}");
+                    assert!(
+                        x.iter().zip(y).all(|(x, y)| (x - y).abs() < 1e-3),
+                        "{a:?} and {b:?}, {sizes:?}"
+                    );
+                }
+            }
+        }
+    }
+}

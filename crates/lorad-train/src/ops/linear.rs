@@ -9,6 +9,7 @@ use super::{
     buffer::room,
     composed,
     gemm::{Beside, Start, multiply, multiply_beside, product_over_rows},
+    has_kernels,
     packed::{Mat, Packed, WeightType},
 };
 
@@ -58,7 +59,7 @@ impl FrozenLinear {
         if bias.is_some_and(|b| b.dims() != [out_features]) {
             bail!("bias {bias:?} beside a weight ({out_features}, {in_features})")
         }
-        let place = if weight.device().is_cpu() {
+        let place = if has_kernels(weight.device()) {
             let weight = with_values([&saved(weight)?], |[w]| {
                 let matrix = Mat::rows(w, out_features, in_features, in_features).t();
                 Ok(Packed::with(in_features, out_features, dtype, |p| (matrix, p)))

@@ -10,6 +10,7 @@ use super::{
     buffer::room,
     composed,
     gemm::Destination,
+    has_kernels,
     math::{sigmoid, vectorized},
 };
 
@@ -33,7 +34,7 @@ pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps
             bias.dims()
         )
     }
-    if !x.device().is_cpu() {
+    if !has_kernels(x.device()) {
         return composed::group_norm(x, weight, bias, groups, eps, silu);
     }
     let saved_x = saved(x)?;
@@ -318,7 +319,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
             bias.dims()
         )
     }
-    if !x.device().is_cpu() {
+    if !has_kernels(x.device()) {
         return composed::layer_norm(x, weight, bias, eps);
     }
     let saved_x = saved(x)?;

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::{
     attach::{Value, attach, saved, with_values},
     buffer::room,
-    composed,
+    composed, has_kernels,
     math::{gelu_and_derivative, sigmoid, vectorized},
 };
 
@@ -46,7 +46,7 @@ const CHUNK: usize = 8 << 10;
 /// # Errors
 /// If a tensor operation fails.
 pub fn activation(x: &Tensor, kind: Activation) -> Result<Tensor> {
-    if !x.device().is_cpu() {
+    if !has_kernels(x.device()) {
         return composed::activation(x, kind);
     }
     let saved_x = saved(x)?;
@@ -105,7 +105,7 @@ pub fn geglu(x: &Tensor) -> Result<Tensor> {
     if double == 0 || !double.is_multiple_of(2) {
         bail!("GEGLU of shape {:?}", x.dims())
     }
-    if !x.device().is_cpu() {
+    if !has_kernels(x.device()) {
         return composed::geglu(x);
     }
     let n = double / 2;
@@ -168,7 +168,7 @@ pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     if a.dims() != b.dims() {
         bail!("sum of {:?} and {:?}", a.dims(), b.dims())
     }
-    if !a.device().is_cpu() {
+    if !has_kernels(a.device()) {
         return a + b;
     }
     let mut y = room(a.elem_count());
@@ -193,7 +193,7 @@ pub fn cat_channels(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     if a.rank() != b.rank() || a.dims()[..last] != b.dims()[..last] || ca == 0 || cb == 0 {
         bail!("concatenation of {:?} and {:?} along the channels", a.dims(), b.dims())
     }
-    if !a.device().is_cpu() {
+    if !has_kernels(a.device()) {
         return Tensor::cat(&[a, b], last);
     }
     let mut shape = a.dims().to_vec();
@@ -250,7 +250,7 @@ pub fn cat_channels(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 /// If `x` is of another rank.
 pub fn upsample_nearest_2x(x: &Tensor) -> Result<Tensor> {
     let (b, h, w, c) = x.dims4()?;
-    if !x.device().is_cpu() {
+    if !has_kernels(x.device()) {
         return composed::upsample_nearest_2x(x);
     }
     let mut y = room(4 * x.elem_count());

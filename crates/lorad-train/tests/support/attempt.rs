@@ -156,7 +156,7 @@ pub(crate) fn spec(pipeline: &str, dataset: &Path, attempt_dir: PathBuf, given: 
     }
 }
 
-pub(crate) fn run(spec: &AttemptSpec, reporter: &Recorder) -> WorkerEvent {
+pub(crate) fn run(spec: &AttemptSpec, reporter: &impl Reporter) -> WorkerEvent {
     fs::create_dir_all(&spec.attempt_dir).unwrap();
     std::thread::scope(|scope| {
         std::thread::Builder::new()
