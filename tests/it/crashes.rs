@@ -43,6 +43,12 @@ enum Fate {
     Failed,
 }
 
+fn is_final(job: &Value) -> bool {
+    ["succeeded", "failed", "cancelled"]
+        .iter()
+        .any(|status| job["status"] == *status)
+}
+
 /// One data directory, and the servers that live and die on it.
 struct Lane {
     base: tempfile::TempDir,
@@ -214,6 +220,12 @@ impl Lane {
         }
     }
 
+    async fn until_final(&self, job: &str) -> bool {
+        self.faults.disarm();
+        let _ = std::fs::remove_file(self.faults.dir().join("fired"));
+        matches!(self.until(job, is_final).await, Ok(true))
+    }
+
     /// Lets every worker go on that is held, but not those of this job.
     fn let_go_but(&self, kept: &str) {
         for job in std::fs::read_dir(self.data().join("jobs"))
@@ -304,7 +316,6 @@ impl Lane {
         let third = self
             .submit(&format!("spoilt-{n}"), &spoilt, &bundled, Fate::Failed)
             .await?;
-        let is_final = |job: &Value| ["succeeded", "failed", "cancelled"].iter().any(|s| job["status"] == *s);
         for id in [Some(&job), second.as_ref(), third.as_ref()].into_iter().flatten() {
             if !self.until(id, is_final).await? {
                 return Ok(());
@@ -566,6 +577,48 @@ async fn a_disk_that_fails_at_any_step_that_the_server_stores_costs_nothing_that
         "full and failing disk under a server: {n_cases} faults (ENOSPC and EIO), {n_lives} server processes, {n_jobs} jobs: 0 \
          lost, 0 doubled, 0 stuck"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_is_paused_cancelled_and_deleted_on_a_full_disk_at_the_price_of_the_ballast() {
+    let mut lane = Lane::new();
+    lane.up().await;
+    let ballast = lane.data().join("ballast");
+    let (_, all) = lane.ask(Method::GET, "/datasets", None, None).await.ok().unwrap();
+    let dataset = all["data"][0]["id"].as_str().unwrap().to_owned();
+    let held = json!({"n": 1, "steps": STEPS, "hold_at": 2});
+    let first = lane
+        .submit("held", &held, &dataset, Fate::Cancelled)
+        .await
+        .ok()
+        .unwrap()
+        .unwrap();
+    let waiting = json!({"n": 2, "steps": 1});
+    let second = lane
+        .submit("waiting", &waiting, &dataset, Fate::Cancelled)
+        .await
+        .ok()
+        .unwrap()
+        .unwrap();
+    for (point, method, path) in [
+        (Point::PauseJob, Method::POST, format!("/jobs/{second}/pause")),
+        (Point::CancelJob, Method::POST, format!("/jobs/{second}/cancel")),
+        (Point::DeleteJob, Method::DELETE, format!("/jobs/{second}")),
+    ] {
+        let start = Instant::now();
+        while !ballast.exists() {
+            assert!(start.elapsed() < PATIENCE, "the ballast is not made again");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        lane.faults.arm_error_once(point, Moment::Before, ENOSPC);
+        let (status, answer) = lane.ask(method, &path, None, None).await.ok().unwrap();
+        assert!(lane.faults.has_fired(), "{path} did not pass {}", point.name());
+        assert!((200..300).contains(&status), "{path}: {status} {answer:#}");
+    }
+    let cancel = format!("/jobs/{first}/cancel");
+    let force = json!({"mode": "force"});
+    lane.ask(Method::POST, &cancel, Some(&force), None).await.ok().unwrap();
+    assert!(lane.until_final(&first).await, "{first} is not cancelled");
 }
 
 /// The binary that users run has no switch for faults.

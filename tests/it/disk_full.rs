@@ -201,7 +201,6 @@ async fn a_full_disk_breaks_nothing_cancel_and_delete_still_work_and_jobs_go_on_
         .post(&format!("/jobs/{long}/cancel"), &json!({"mode": "force"}))
         .await;
     assert_eq!(status, 202, "{body:#}");
-    assert!(!disk.inside("ballast").exists(), "the ballast was not given up");
     disk.until(&long, "the cancellation", |job| job["status"] == "cancelled")
         .await;
     let start = Instant::now();

@@ -52,6 +52,11 @@ impl Faults {
         self.arm(&format!("{} {} {errno}", point.name(), moment.as_str()));
     }
 
+    /// The next pass fails with this error number.
+    pub fn arm_error_once(&self, point: Point, moment: Moment, errno: i32) {
+        self.arm(&format!("{} {} {errno} once", point.name(), moment.as_str()));
+    }
+
     fn arm(&self, fault: &str) {
         let _ = std::fs::remove_file(self.fired());
         let fresh = self.dir().join("fresh");
@@ -87,8 +92,9 @@ pub fn obey() {
             return Ok(());
         }
         match words[2].parse() {
+            Ok(_) if words.get(3) == Some(&"once") && std::fs::rename(&armed, &fired).is_err() => Ok(()),
             Ok(errno) => {
-                std::fs::write(fired, text).unwrap();
+                std::fs::write(fired, &text).unwrap();
                 Err(io::Error::from_raw_os_error(errno))
             }
             // Only one process, and only once.

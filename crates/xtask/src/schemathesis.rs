@@ -51,16 +51,19 @@ impl Server {
             .spawn()
             .context("start the server")?;
         let stdout = child.stdout.take().context("the server's stdout is piped")?;
+        // From here on dropping it ends the process.
+        let mut server = Self {
+            child,
+            address: String::new(),
+            dir,
+        };
         let mut url = String::new();
         BufReader::new(stdout).read_line(&mut url)?;
         let Some(address) = url.trim().strip_prefix("http://") else {
             bail!("the server did not start: {url:?}");
         };
-        Ok(Self {
-            address: address.to_owned(),
-            child,
-            dir,
-        })
+        address.clone_into(&mut server.address);
+        Ok(server)
     }
 
     /// A request and its JSON answer.
