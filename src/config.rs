@@ -12,13 +12,18 @@ use std::{
 use config::{Environment, File, FileFormat};
 use serde::{Deserialize, Serialize};
 
-use crate::domain::RetryLimits;
+use crate::{domain::RetryLimits, network::Networks};
 
 /// The defaults, with the documentation of every key.
 pub const DEFAULTS: &str = include_str!("../configs/default.toml");
 
 /// Keys that hold lists, so that the environment can set them.
-const LISTS: &[&str] = &["server.allowed_hosts", "scheduler.devices", "models.roots"];
+const LISTS: &[&str] = &[
+    "server.allowed_hosts",
+    "server.trusted_proxies",
+    "scheduler.devices",
+    "models.roots",
+];
 
 /// All settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -44,6 +49,12 @@ pub struct Config {
 pub struct Server {
     /// Address and port; port 0 picks a free one.
     pub bind: SocketAddr,
+    /// Whether requests need an API key.
+    pub auth: Auth,
+    /// Hours, 1..=8760.
+    pub session_hours: u64,
+    /// Proxies whose `X-Forwarded-For` is believed.
+    pub trusted_proxies: Networks,
     /// Allow other addresses than loopback without API keys.
     pub insecure_no_auth: bool,
     /// Accepted `Host` names besides the bind address and loopback.
@@ -58,6 +69,16 @@ pub struct Server {
     pub sse_ping_ms: u64,
     /// Milliseconds, 0..=600000.
     pub shutdown_grace_ms: u64,
+}
+
+/// When requests need an API key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Auth {
+    /// As soon as a key was made.
+    Auto,
+    /// Always.
+    Required,
 }
 
 /// `[storage]`
@@ -94,6 +115,8 @@ pub struct Limits {
     pub caption_chars: u64,
     /// Jobs.
     pub queued_jobs: u64,
+    /// Requests in a minute; 0: any number.
+    pub requests_per_minute: u32,
 }
 
 /// `[scheduler]`
@@ -201,7 +224,12 @@ impl Config {
         }
         layers = layers.add_source(source);
         for (key, value) in flags {
-            layers = layers.set_override(*key, value.as_str())?;
+            layers = if LISTS.contains(key) {
+                let items = value.split(',').filter(|item| !item.is_empty()).map(str::to_owned);
+                layers.set_override(*key, items.collect::<Vec<_>>())?
+            } else {
+                layers.set_override(*key, value.as_str())?
+            };
         }
         let config: Self = layers.build()?.try_deserialize()?;
         config.validate()?;
@@ -227,6 +255,7 @@ impl Config {
         let (server, limits, scheduler) = (&self.server, &self.limits, &self.scheduler);
         range("server.request_timeout_ms", server.request_timeout_ms, 1000, 3_600_000);
         range("server.header_timeout_ms", server.header_timeout_ms, 1000, 600_000);
+        range("server.session_hours", server.session_hours, 1, 8760);
         range("storage.min_free_bytes", self.storage.min_free_bytes, 0, 1 << 40);
         range("server.sse_ping_ms", server.sse_ping_ms, 1000, 60_000);
         range("server.shutdown_grace_ms", server.shutdown_grace_ms, 0, 600_000);
@@ -243,6 +272,12 @@ impl Config {
         range("limits.archive_ratio", limits.archive_ratio, 2, 10_000);
         range("limits.image_pixels", limits.image_pixels, 1, 1 << 26);
         range("limits.caption_chars", limits.caption_chars, 1, 1_000_000);
+        range(
+            "limits.requests_per_minute",
+            limits.requests_per_minute.into(),
+            0,
+            1_000_000,
+        );
         range("limits.queued_jobs", limits.queued_jobs, 1, 1_000_000);
         range("scheduler.threads", scheduler.threads, 0, 1024);
         range("scheduler.nice", scheduler.nice, 0, 19);
@@ -271,13 +306,6 @@ impl Config {
             if scheduler.devices[..i].contains(device) {
                 faults.push(format!("scheduler.devices: {device:?} is listed twice"));
             }
-        }
-        if !server.bind.ip().is_loopback() && !server.insecure_no_auth {
-            faults.push(format!(
-                "server.bind = {}: everyone who reaches it could read and delete everything; bind to 127.0.0.1, or allow it \
-                 with --insecure-no-auth (server.insecure_no_auth = true)",
-                server.bind
-            ));
         }
         if let Err(error) = self.log.filter.parse::<tracing_subscriber::EnvFilter>() {
             faults.push(format!("log.filter: {error}"));
@@ -347,20 +375,12 @@ mod tests {
     fn all_values_out_of_range_are_named_at_once() {
         let flags = [
             ("scheduler.nice", "20".to_owned()),
-            ("scheduler.devices", "gpu".to_owned()),
-            ("server.bind", "0.0.0.0:80".to_owned()),
+            ("scheduler.devices", "gpu,gpu".to_owned()),
         ];
-        // A list cannot come from a flag's text; through the environment it can.
-        let environment = env(&[("LORAD_SCHEDULER__DEVICES", "gpu,gpu")]);
-        let text = Config::from_layers(None, environment, &[flags[0].clone(), flags[2].clone()])
+        let text = Config::from_layers(None, HashMap::new(), &flags)
             .unwrap_err()
             .to_string();
-        for part in [
-            "scheduler.nice = 20",
-            "\"gpu\" is none of",
-            "listed twice",
-            "--insecure-no-auth",
-        ] {
+        for part in ["scheduler.nice = 20", "\"gpu\" is none of", "listed twice"] {
             assert!(text.contains(part), "{part} is missing in {text}");
         }
     }

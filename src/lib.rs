@@ -15,6 +15,7 @@
 //! - [`blobs`] and [`builtin`] · published files, the bundled base model.
 //! - [`http`] · the API and the dashboard.
 //! - [`ingest`] · uploaded archives into datasets.
+//! - [`secret`] and [`network`] · API keys as text, networks of addresses.
 //! - [`upkeep`] · checking and copying a whole data directory.
 //! - [`trainer`] · the only file that names the trainer.
 
@@ -30,7 +31,9 @@ pub mod events;
 pub mod executor;
 pub mod http;
 pub mod ingest;
+pub mod network;
 pub mod scheduler;
+pub mod secret;
 pub mod serve;
 pub mod store;
 pub mod telemetry;

@@ -23,7 +23,7 @@ use crate::{
     app::{App, DataDir},
     blobs::{BlobError, Blobs},
     builtin::{self, BuiltinError},
-    config::Config,
+    config::{Auth, Config},
     events::Events,
     executor::local::LocalExecutor,
     scheduler::Scheduler,
@@ -67,6 +67,13 @@ pub enum ServeError {
         #[source]
         source: std::io::Error,
     },
+    /// Everyone who reaches the address could do everything.
+    #[error(
+        "refusing to listen on {0} without API keys: everyone who reaches it could read and delete everything. Make a key \
+         (`lorad keys create --name me --scope admin` with the same --data-dir), bind to 127.0.0.1, or say \
+         --insecure-no-auth if something else guards it"
+    )]
+    Exposed(SocketAddr),
     /// The program to run as worker was not found.
     #[error("cannot find this program's own file to start workers from")]
     WorkerProgram(#[source] std::io::Error),
@@ -132,6 +139,11 @@ pub async fn serve(config: Config) -> Result<ServerHandle, ServeError> {
     let store = Store::open(&data.database()).await?;
     store.settle_in(&data.root()).await?;
     store.abandon_cut_off_requests().await?;
+    let server = &config.server;
+    let guarded = server.insecure_no_auth || server.auth == Auth::Required || store.has_keys().await?;
+    if !server.bind.ip().is_loopback() && !guarded {
+        return Err(ServeError::Exposed(server.bind));
+    }
     let app = App {
         blobs: Blobs::local(&data.artifacts(), config.storage.fsync)?,
         config: Arc::new(config),

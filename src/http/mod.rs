@@ -3,8 +3,11 @@
 //! Handlers stand with their DTOs in one file per resource and convert between three sets of types: wire (here), domain,
 //! and the worker protocol. They hold an [`App`] and know neither SQL nor the trainer's insides.
 
+mod access;
+mod api_keys;
 mod assets;
 mod body;
+mod client;
 mod datasets;
 mod dto;
 pub mod error;
@@ -13,9 +16,11 @@ mod files;
 mod guard;
 mod health;
 mod jobs;
+mod limiter;
 pub(crate) mod listen;
 mod metrics;
 mod models;
+mod session;
 mod sse;
 mod submit;
 
@@ -44,6 +49,7 @@ use error::{ApiError, Code};
         (name = "results", description = "What a job leaves behind: metrics, logs, samples, files."),
         (name = "datasets", description = "Pictures with captions."),
         (name = "models", description = "Base models and model families."),
+        (name = "access", description = "API keys and sessions. Without a key the server is open; the first one locks it."),
         (name = "server", description = "Health, versions, figures."),
     ),
     components(schemas(error::ProblemDto, error::FieldErrorDto))
@@ -81,6 +87,14 @@ fn resources() -> OpenApiRouter<App> {
         .routes(routes!(models::get_model, models::delete_model))
         .routes(routes!(families::list_families))
         .routes(routes!(families::family_schema))
+        // access
+        .routes(routes!(
+            session::get_session,
+            session::create_session,
+            session::delete_session
+        ))
+        .routes(routes!(api_keys::list_keys, api_keys::create_key))
+        .routes(routes!(api_keys::get_key, api_keys::patch_key, api_keys::revoke_key))
         // server
         .routes(routes!(health::livez))
         .routes(routes!(health::readyz))
@@ -103,6 +117,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
     let mut document = Api::openapi();
     document.merge(resources().into_openapi());
     document.merge(long_lived().into_openapi());
+    access::document(&mut document);
     document
 }
 
@@ -122,6 +137,7 @@ pub fn router(app: App) -> Router {
     let timeout = Duration::from_millis(server.request_timeout_ms);
     let hosts = guard::AllowedHosts(Arc::new(server.allowed_hosts.clone()));
     let figures = Arc::new(HttpFigures::default());
+    let access = access::Access::new(app.clone());
     let short = Router::from(resources()).layer(TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, timeout));
     let upload_limit = usize::try_from(app.config.limits.upload_bytes).unwrap_or(usize::MAX);
     let long = Router::from(long_lived()).layer(DefaultBodyLimit::max(upload_limit));
@@ -133,12 +149,14 @@ pub fn router(app: App) -> Router {
         .method_not_allowed_fallback(async || {
             ApiError::new(Code::MethodNotAllowed, "The address exists, the method does not.")
         })
-        .layer(middleware::from_fn(guard::same_site))
+        .layer(middleware::from_fn_with_state(Arc::clone(&access), access::authorize))
+        .layer(middleware::from_fn_with_state(hosts.clone(), guard::same_site))
         .layer(middleware::from_fn_with_state(hosts, guard::host_allow_list))
         .layer(CatchPanicLayer::custom(guard::panicked))
         .layer(middleware::from_fn_with_state(Arc::clone(&figures), health::count))
         .layer(middleware::from_fn(guard::request_context))
         .layer(Extension(figures))
+        .layer(Extension(access))
         .with_state(app)
 }
 

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use axum::{
-    Json,
+    Extension, Json,
     body::Body,
     extract::{FromRequest as _, Multipart, Path, Query, Request, State},
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
@@ -20,6 +20,7 @@ use sha2::{Digest as _, Sha256};
 use utoipa::{IntoParams, ToSchema};
 
 use super::{
+    access::Caller,
     body::{self, Fields, Upload},
     datasets,
     dto::job_id,
@@ -28,7 +29,7 @@ use super::{
 };
 use crate::{
     app::App,
-    domain::{Action, Dataset, Job, JobId, JobStatus, Model, ModelId, ModelKind, NewJob},
+    domain::{Action, Dataset, Job, JobId, JobStatus, KeyId, Model, ModelId, ModelKind, NewJob},
     ingest::library,
     store::{Begin, IdempotencyKey, StoreError, StoredAnswer},
 };
@@ -119,11 +120,12 @@ pub(super) struct SubmitQuery {
         (status = 507, body = ProblemDto, description = "the disk has no room for the archive")))]
 pub(super) async fn create_job(
     State(app): State<App>,
+    Extension(caller): Extension<Caller>,
     Query(query): Query<SubmitQuery>,
     request: Request,
 ) -> ApiResult<Response> {
     let headers = request.headers().clone();
-    let incoming = if body::media_type(&headers) == "multipart/form-data" {
+    let mut incoming = if body::media_type(&headers) == "multipart/form-data" {
         read_form(&app, request).await?
     } else {
         body::require_json(&headers)?;
@@ -133,10 +135,12 @@ pub(super) async fn create_job(
             request: body::parse(&bytes)?,
             sha256: hex::encode(Sha256::digest(&bytes)),
             upload: None,
+            owner: None,
         }
     };
+    incoming.owner = caller.owner();
     let dry_run = query.dry_run.unwrap_or(false);
-    let key = idempotency_key(&headers, &incoming.sha256)?.filter(|_| !dry_run);
+    let key = idempotency_key(&headers, &incoming)?.filter(|_| !dry_run);
     // In a task of its own: a client that hangs up must not leave a half-done key or dataset behind.
     let work = tokio::spawn(async move {
         match key {
@@ -152,6 +156,8 @@ struct Incoming {
     /// Of all that makes the request what it is.
     sha256: String,
     upload: Option<Upload>,
+    /// Whose job it will be.
+    owner: Option<KeyId>,
 }
 
 async fn read_form(app: &App, request: Request) -> ApiResult<Incoming> {
@@ -183,18 +189,22 @@ async fn read_form(app: &App, request: Request) -> ApiResult<Incoming> {
         request: body::parse(&job)?,
         sha256: hex::encode(sha256.finalize()),
         upload,
+        owner: None,
     })
 }
 
-fn idempotency_key(headers: &HeaderMap, sha256: &str) -> ApiResult<Option<IdempotencyKey>> {
+fn idempotency_key(headers: &HeaderMap, incoming: &Incoming) -> ApiResult<Option<IdempotencyKey>> {
     let Some(value) = headers.get(IDEMPOTENCY_KEY) else {
         return Ok(None);
     };
     match value.to_str() {
         Ok(key) if (1..=255).contains(&key.len()) => Ok(Some(IdempotencyKey {
             key: key.to_owned(),
-            scope: "POST /jobs".to_owned(),
-            body_sha256: sha256.to_owned(),
+            // Nobody gets the answer to another key's request.
+            scope: incoming
+                .owner
+                .map_or("POST /jobs".to_owned(), |owner| format!("POST /jobs {owner}")),
+            body_sha256: incoming.sha256.clone(),
         })),
         _ => Err(ApiError::new(
             Code::InvalidHeader,
@@ -266,12 +276,15 @@ async fn submit(
             }
         },
     };
+    let owner = incoming.owner;
     let source = uploaded.as_ref().map_or(DatasetOf::Request, DatasetOf::Upload);
     let outcome = match check(app, incoming.request, source, parent).await {
         Ok(Checked::Complete(draft)) if dry_run => Ok(Json(draft.dry_run()).into_response()),
-        Ok(Checked::Complete(draft)) => store(app, &draft, uploaded.is_some(), key)
-            .await
-            .map(|job| stored_answer(&job)),
+        Ok(Checked::Complete(mut draft)) => {
+            draft.new.owner = owner;
+            let job = store(app, &draft, uploaded.is_some(), key).await;
+            job.map(|job| stored_answer(&job))
+        }
         Ok(Checked::WithoutDataset) => Err(ApiError::internal("a request without dataset passed its checks")),
         Err(error) => Err(error),
     };
@@ -332,7 +345,7 @@ async fn store(app: &App, draft: &Draft, is_new: bool, key: Option<&IdempotencyK
         return Err(ApiError::new(Code::QueueFull, detail).with_retry_after(60));
     }
     if is_new {
-        app.store.insert_dataset(&draft.dataset).await?;
+        app.store.insert_dataset_of(&draft.dataset, draft.new.owner).await?;
     }
     let ahead = app.store.queue().await?;
     let position = 1 + ahead.iter().filter(|job| job.priority >= draft.new.priority).count();
@@ -436,6 +449,7 @@ async fn check(app: &App, request: Value, dataset: DatasetOf<'_>, parent: Option
         sampling,
         export,
         plan,
+        owner: None,
     };
     Ok(Checked::Complete(Box::new(Draft { new, dataset })))
 }
@@ -553,8 +567,12 @@ fn export_of(object: Map<String, Value>, errors: &mut Vec<FieldError>) -> Export
 /// Submits the same job again, after it failed or was cancelled.
 #[utoipa::path(post, path = "/jobs/{id}/retry", tag = "jobs", params(("id" = String, Path)), responses(
     (status = 201, body = JobDto, headers(("Location" = String))), (status = 404, body = ProblemDto), (status = 409, body = ProblemDto)))]
-pub(super) async fn retry_job(State(app): State<App>, Path(id): Path<String>) -> ApiResult<Response> {
-    again(&app, &id, Action::Retry, Value::Object(Map::new())).await
+pub(super) async fn retry_job(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    Path(id): Path<String>,
+) -> ApiResult<Response> {
+    again(&app, &caller, &id, Action::Retry, Value::Object(Map::new())).await
 }
 
 /// What to change in the copy.
@@ -571,6 +589,7 @@ pub(super) struct CloneDto {
     (status = 201, body = JobDto, headers(("Location" = String))), (status = 404, body = ProblemDto), (status = 422, body = ProblemDto)))]
 pub(super) async fn clone_job(
     State(app): State<App>,
+    Extension(caller): Extension<Caller>,
     Path(id): Path<String>,
     headers: HeaderMap,
     body: Body,
@@ -583,10 +602,10 @@ pub(super) async fn clone_job(
     if !errors.is_empty() {
         return Err(ApiError::fields(errors));
     }
-    again(&app, &id, Action::Clone, Value::Object(overrides)).await
+    again(&app, &caller, &id, Action::Clone, Value::Object(overrides)).await
 }
 
-async fn again(app: &App, id: &str, action: Action, overrides: Value) -> ApiResult<Response> {
+async fn again(app: &App, caller: &Caller, id: &str, action: Action, overrides: Value) -> ApiResult<Response> {
     let job = app.store.job(job_id(id)?).await?;
     if !job.status.actions().contains(&action) {
         return Err(StoreError::NotAllowed {
@@ -602,6 +621,7 @@ async fn again(app: &App, id: &str, action: Action, overrides: Value) -> ApiResu
         request,
         sha256: String::new(),
         upload: None,
+        owner: caller.owner(),
     };
     submit(app, incoming, false, None, Some(job.id)).await
 }

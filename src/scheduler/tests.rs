@@ -190,6 +190,7 @@ impl World {
                 memory_bytes: 1,
                 warnings: Vec::new(),
             },
+            owner: None,
         };
         self.app.create_job(&new, None).await.unwrap()
     }

@@ -35,24 +35,9 @@ impl Store {
     /// # Errors
     /// If the database fails.
     pub async fn insert_dataset(&self, dataset: &Dataset) -> Result<()> {
-        sqlx::query(
-            "INSERT INTO datasets (id, name, modality, path, n_items, bytes, sha256, builtin, report, created_at_ms)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        )
-        .bind(dataset.id.to_string())
-        .bind(&dataset.name)
-        .bind(&dataset.modality)
-        .bind(dataset.path.to_string_lossy().into_owned())
-        .bind(dataset.n_items)
-        .bind(rows::int(dataset.bytes))
-        .bind(&dataset.sha256)
-        .bind(dataset.builtin)
-        .bind(rows::text("report", &dataset.report)?)
-        .bind(dataset.created_at_ms)
-        .execute(&self.writer)
-        .await
-        .map_err(query("insert a dataset"))?;
-        Ok(())
+        let mut tx = self.begin().await?;
+        insert(&mut tx, dataset).await?;
+        tx.commit().await.map_err(query("insert a dataset"))
     }
 
     /// One dataset.
@@ -237,6 +222,28 @@ impl Store {
             .map_err(query("add up files"))?;
         Ok(row.get::<i64, _>(0).cast_unsigned())
     }
+}
+
+/// Stores a dataset within a transaction.
+pub(super) async fn insert(tx: &mut Tx, dataset: &Dataset) -> Result<()> {
+    sqlx::query(
+        "INSERT INTO datasets (id, name, modality, path, n_items, bytes, sha256, builtin, report, created_at_ms)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    )
+    .bind(dataset.id.to_string())
+    .bind(&dataset.name)
+    .bind(&dataset.modality)
+    .bind(dataset.path.to_string_lossy().into_owned())
+    .bind(dataset.n_items)
+    .bind(rows::int(dataset.bytes))
+    .bind(&dataset.sha256)
+    .bind(dataset.builtin)
+    .bind(rows::text("report", &dataset.report)?)
+    .bind(dataset.created_at_ms)
+    .execute(&mut **tx)
+    .await
+    .map_err(query("insert a dataset"))?;
+    Ok(())
 }
 
 fn deleted_or(what: &'static str, id: &str, result: sqlx::Result<sqlx::sqlite::SqliteQueryResult>) -> Result<()> {

@@ -4,7 +4,7 @@ use serde_json::json;
 use sqlx::{QueryBuilder, Row, Sqlite};
 
 use super::{
-    Result, Store, StoreError, Tx,
+    Result, Store, StoreError, Tx, access,
     idempotency::{self, IdempotencyKey, StoredAnswer},
     query, rows,
 };
@@ -80,6 +80,9 @@ impl Store {
                 });
             }
             Err(source) => return Err(query("insert a job")(source)),
+        }
+        if let Some(owner) = new.owner {
+            access::own_job(&mut tx, new.id, owner).await?;
         }
         let data = json!({"from": null, "to": JobStatus::Queued, "reason": "posted", "attempt": 0});
         append(&mut tx, new.id, EventKind::Status, now, 0, data).await?;

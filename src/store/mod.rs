@@ -4,6 +4,7 @@
 //! the events which viewers see. Knows no HTTP, no processes and no trainer. Callers: `app` (requests), `scheduler`
 //! (claims, exits), `agent_api` (worker events), `http` (reads), `ingest` (datasets).
 
+mod access;
 mod attempts;
 mod catalogue;
 mod events;
@@ -95,6 +96,16 @@ pub enum StoreError {
         id: String,
         /// What needs it.
         by: String,
+    },
+    /// The key that asks has used up what it may.
+    #[error("{used} {what} of {limit} are used")]
+    Quota {
+        /// Of what: `waiting jobs`, `bytes of datasets`.
+        what: &'static str,
+        /// How much it may have.
+        limit: u64,
+        /// How much it has.
+        used: u64,
     },
     /// The job's state does not allow the action; [`JobStatus::actions`] lists what it does.
     #[error("{job} is {status}: {action} is not possible")]

@@ -7,8 +7,8 @@ use sqlx::{Row, sqlite::SqliteRow};
 
 use super::{Result, StoreError, query};
 use crate::domain::{
-    Artifact, ArtifactKind, Checkpoint, Dataset, Desired, EventKind, Job, JobEvent, JobSample, JobStatus, MetricRow,
-    Model, ModelKind,
+    ApiKey, Artifact, ArtifactKind, Checkpoint, Dataset, Desired, EventKind, Job, JobEvent, JobSample, JobStatus,
+    MetricRow, Model, ModelKind, Quota, Scope,
 };
 
 fn corrupt(column: &'static str, found: &dyn ToString) -> StoreError {
@@ -39,6 +39,13 @@ fn json_opt<T: DeserializeOwned>(row: &SqliteRow, name: &'static str) -> Result<
 pub(super) fn unsigned<T: TryFrom<i64>>(row: &SqliteRow, name: &'static str) -> Result<T> {
     let value: i64 = column(row, name)?;
     T::try_from(value).map_err(|_| corrupt(name, &value))
+}
+
+pub(super) fn unsigned_opt<T: TryFrom<i64>>(row: &SqliteRow, name: &'static str) -> Result<Option<T>> {
+    let value: Option<i64> = column(row, name)?;
+    value
+        .map(|value| T::try_from(value).map_err(|_| corrupt(name, &value)))
+        .transpose()
 }
 
 fn parsed<T: FromStr>(row: &SqliteRow, name: &'static str) -> Result<T> {
@@ -186,6 +193,25 @@ pub(super) fn model(row: &SqliteRow) -> Result<Model> {
         builtin: column(row, "builtin")?,
         info: json(row, "info")?,
         created_at_ms: column(row, "created_at_ms")?,
+    })
+}
+
+pub(super) fn api_key(row: &SqliteRow) -> Result<ApiKey> {
+    Ok(ApiKey {
+        id: parsed(row, "id")?,
+        name: column(row, "name")?,
+        scope: spelled(row, "scope", Scope::parse)?,
+        prefix: column(row, "prefix")?,
+        quota: Quota {
+            requests_per_minute: unsigned_opt(row, "max_requests_per_minute")?,
+            queued_jobs: unsigned_opt(row, "max_queued_jobs")?,
+            running_jobs: unsigned_opt(row, "max_running_jobs")?,
+            dataset_bytes: unsigned_opt(row, "max_dataset_bytes")?,
+        },
+        created_at_ms: column(row, "created_at_ms")?,
+        expires_at_ms: column(row, "expires_at_ms")?,
+        revoked_at_ms: column(row, "revoked_at_ms")?,
+        last_used_at_ms: column(row, "last_used_at_ms")?,
     })
 }
 

@@ -103,6 +103,7 @@ impl Fixture {
                 memory_bytes: 6,
                 warnings: Vec::new(),
             },
+            owner: None,
         }
     }
 

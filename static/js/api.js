@@ -28,6 +28,9 @@ async function failure(response) {
   });
 }
 
+/** Heard by the shell, which then asks for a key. A key that is wrong at signing in is that page's own affair. */
+const refused = (status, path) => status === 401 && path !== "session" && window.dispatchEvent(new Event("lorad:signin"));
+
 const unreachable = (cause) =>
   new ApiError({
     status: 0,
@@ -56,7 +59,10 @@ export async function request(method, path, { json, body, headers = {}, signal }
     if (cause?.name === "AbortError") throw cause;
     throw unreachable(cause);
   }
-  if (!response.ok) throw await failure(response);
+  if (!response.ok) {
+    refused(response.status, path);
+    throw await failure(response);
+  }
   if (response.status === 204) return null;
   const type = response.headers.get("content-type") ?? "";
   return type.includes("json") ? response.json() : response.text();
@@ -95,6 +101,9 @@ export const api = {
   deleteModel: (id) => request("DELETE", at("models", id)),
   families: () => request("GET", "families"),
   schema: (id) => request("GET", `${at("families", id)}/schema`),
+  session: () => request("GET", "session"),
+  signIn: (key) => request("POST", "session", { json: { key } }),
+  signOut: () => request("DELETE", "session"),
   system: () => request("GET", "system"),
   version: () => request("GET", "version"),
 };
@@ -122,6 +131,7 @@ export function uploadDataset(file, name, onProgress) {
       } catch {
         // handled below by the status
       }
+      refused(xhr.status, "datasets");
       if (xhr.status >= 200 && xhr.status < 300 && answer) resolve(answer);
       else
         reject(

@@ -1,6 +1,6 @@
 //! One integration binary: the real server on port 0 with a data directory of its own, driven from outside.
 //!
-//! [`api`], [`limits`], [`safety`] and [`sse`] drive it over HTTP ([`client`]) with archives made in code ([`corpus`]); [`cli`] and
+//! [`access`], [`api`], [`limits`], [`quotas`], [`safety`] and [`sse`] drive it over HTTP ([`client`]) with archives made in code ([`corpus`]); [`cli`] and
 //! [`readme`] run the binary as a user does. [`jobs`], [`recovery`], [`chaos`] and [`upkeep`] test everything around the trainer ([`server`]) with
 //! a scripted one ([`scripted`]): real processes, sockets, signals and files, and steps of milliseconds.
 #![allow(
@@ -11,6 +11,7 @@
     unreachable_pub
 )]
 
+mod access;
 mod api;
 mod chaos;
 mod cli;
@@ -18,6 +19,7 @@ mod client;
 mod corpus;
 mod jobs;
 mod limits;
+mod quotas;
 mod readme;
 mod recovery;
 mod safety;
