@@ -23,6 +23,8 @@ const LISTS: &[&str] = &[
     "server.trusted_proxies",
     "scheduler.devices",
     "models.roots",
+    "webhooks.allow_private",
+    "webhooks.retry_after_ms",
 ];
 
 /// All settings.
@@ -39,6 +41,8 @@ pub struct Config {
     pub scheduler: Scheduler,
     /// Base models.
     pub models: Models,
+    /// Outward calls.
+    pub webhooks: Webhooks,
     /// Logging.
     pub log: Log,
 }
@@ -157,6 +161,27 @@ pub struct Models {
     pub roots: Vec<PathBuf>,
 }
 
+/// `[webhooks]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Webhooks {
+    /// Networks that may be called though they are not public.
+    pub allow_private: Networks,
+    /// Whether unencrypted http is allowed.
+    pub allow_http: bool,
+    /// Milliseconds, 100..=300000.
+    pub timeout_ms: u64,
+    /// Milliseconds before each further attempt, each 0..=604800000.
+    #[serde(deserialize_with = "numbers")]
+    pub retry_after_ms: Vec<u64>,
+    /// Days, 1..=365.
+    pub disable_after_days: u64,
+    /// Days, 1..=3650.
+    pub keep_days: u64,
+    /// Milliseconds, 10..=3600000.
+    pub poll_ms: u64,
+}
+
 /// `[log]`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -165,6 +190,31 @@ pub struct Log {
     pub filter: String,
     /// One JSON object per line.
     pub json: bool,
+}
+
+/// A list of numbers. One alone is a list of one: the environment's parser makes a number of `100`, not a list.
+fn numbers<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<u64>, D::Error> {
+    struct Numbers;
+    impl<'de> serde::de::Visitor<'de> for Numbers {
+        type Value = Vec<u64>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a list of whole numbers")
+        }
+
+        fn visit_i64<E: serde::de::Error>(self, n: i64) -> Result<Vec<u64>, E> {
+            u64::try_from(n).map(|n| vec![n]).map_err(E::custom)
+        }
+
+        fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<u64>, A::Error> {
+            let mut numbers = Vec::new();
+            while let Some(n) = seq.next_element()? {
+                numbers.push(n);
+            }
+            Ok(numbers)
+        }
+    }
+    deserializer.deserialize_any(Numbers)
 }
 
 /// Why the settings cannot be used.
@@ -289,6 +339,14 @@ impl Config {
         range("scheduler.kill_grace_ms", scheduler.kill_grace_ms, 0, 600_000);
         range("scheduler.max_failed_attempts", scheduler.max_failed_attempts, 1, 1000);
         range("scheduler.retry_backoff_ms", scheduler.retry_backoff_ms, 0, 600_000);
+        let webhooks = &self.webhooks;
+        range("webhooks.timeout_ms", webhooks.timeout_ms, 100, 300_000);
+        for pause in &webhooks.retry_after_ms {
+            range("webhooks.retry_after_ms", *pause, 0, 604_800_000);
+        }
+        range("webhooks.disable_after_days", webhooks.disable_after_days, 1, 365);
+        range("webhooks.keep_days", webhooks.keep_days, 1, 3650);
+        range("webhooks.poll_ms", webhooks.poll_ms, 10, 3_600_000);
         if scheduler.lease_ms < scheduler.heartbeat_ms.saturating_mul(2) {
             faults.push("scheduler.lease_ms: must be at least two scheduler.heartbeat_ms".to_owned());
         }
@@ -360,6 +418,20 @@ mod tests {
             (10_000, 2000, 300)
         );
         assert_eq!(config.scheduler.devices, ["cpu", "cuda:0"]);
+    }
+
+    #[test]
+    fn a_list_of_one_or_more_comes_from_every_layer() {
+        for (text, wanted) in [("100", vec![100]), ("100,200", vec![100, 200])] {
+            let from_environment = Config::from_layers(None, env(&[("LORAD_WEBHOOKS__RETRY_AFTER_MS", text)]), &[]);
+            assert_eq!(from_environment.unwrap().webhooks.retry_after_ms, wanted);
+            let flags = [("webhooks.retry_after_ms", text.to_owned())];
+            let from_flags = Config::from_layers(None, HashMap::new(), &flags);
+            assert_eq!(from_flags.unwrap().webhooks.retry_after_ms, wanted);
+        }
+        let flags = [("webhooks.allow_private", "10.0.0.0/8,localhost".to_owned())];
+        let error = Config::from_layers(None, HashMap::new(), &flags).unwrap_err();
+        assert!(error.to_string().contains("localhost"), "{error}");
     }
 
     #[test]

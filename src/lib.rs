@@ -15,6 +15,7 @@
 //! - [`blobs`] and [`builtin`] · published files, the bundled base model.
 //! - [`http`] · the API and the dashboard.
 //! - [`ingest`] · uploaded archives into datasets.
+//! - [`webhooks`] · outward calls.
 //! - [`secret`] and [`network`] · API keys as text, networks of addresses.
 //! - [`upkeep`] · checking and copying a whole data directory.
 //! - [`trainer`] · the only file that names the trainer.
@@ -39,3 +40,4 @@ pub mod store;
 pub mod telemetry;
 pub mod trainer;
 pub mod upkeep;
+pub mod webhooks;

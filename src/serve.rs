@@ -29,6 +29,7 @@ use crate::{
     scheduler::Scheduler,
     store::{Store, StoreError},
     trainer::TrainerCatalog,
+    webhooks::Webhooks,
 };
 
 /// Longest path of a Unix socket; the system's limit is 108 bytes with its end mark on Linux, 104 elsewhere.
@@ -74,6 +75,9 @@ pub enum ServeError {
          --insecure-no-auth if something else guards it"
     )]
     Exposed(SocketAddr),
+    /// The client that calls webhooks cannot be made.
+    #[error("cannot make the client that calls webhooks")]
+    Webhooks(#[source] reqwest::Error),
     /// The program to run as worker was not found.
     #[error("cannot find this program's own file to start workers from")]
     WorkerProgram(#[source] std::io::Error),
@@ -162,6 +166,8 @@ pub async fn serve(config: Config) -> Result<ServerHandle, ServeError> {
     })?;
     prepare_content(&app).await?;
     let mut tasks = start_jobs(&app)?;
+    let webhooks = Webhooks::new(app.clone()).map_err(ServeError::Webhooks)?;
+    tasks.push(tokio::spawn(webhooks.run()));
     tasks.push(spawn_public(&app, listener));
     tracing::info!(%address, data_dir = %app.data.root().display(), "the server is up");
     Ok(ServerHandle {

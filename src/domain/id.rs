@@ -98,6 +98,19 @@ time_sortable_id!(
     "key_"
 );
 
+time_sortable_id!(
+    /// `wh_…`
+    WebhookId,
+    "webhook",
+    "wh_"
+);
+time_sortable_id!(
+    /// `msg_…`
+    MessageId,
+    "message",
+    "msg_"
+);
+
 /// A model's slug, e.g. `demo-icons`: 1 to 64 of `a-z 0-9 . _ -`, starting with a letter or digit.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ModelId(String);

@@ -11,16 +11,21 @@ pub mod id;
 pub mod job;
 pub mod metric;
 pub mod model;
+pub mod webhook;
 
 pub use access::{ApiKey, ApiKeyPatch, NewApiKey, Quota, Scope};
 pub use artifact::{Artifact, ArtifactKind, Checkpoint, JobSample};
 pub use attempt::{Ended, Exit, Outcome, RetryLimits};
 pub use dataset::Dataset;
 pub use event::{EventKind, JobEvent, Progress};
-pub use id::{DatasetId, IdError, JobId, KeyId, ModelId};
+pub use id::{DatasetId, IdError, JobId, KeyId, MessageId, ModelId, WebhookId};
 pub use job::{Action, CancelMode, Change, Desired, IllegalChange, Job, JobPatch, JobStatus, NewJob};
 pub use metric::{Bucket, MetricRow, Series, downsample};
 pub use model::{Model, ModelKind};
+pub use webhook::{
+    AfterAttempt, Delivery, DeliveryAttempt, DeliveryStatus, NewWebhook, RetrySchedule, Webhook, WebhookEvent,
+    WebhookPatch,
+};
 
 /// The wall clock, milliseconds since the Unix epoch, UTC.
 pub fn now_ms() -> i64 {

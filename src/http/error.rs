@@ -49,6 +49,8 @@ codes! {
     KeyNotFound = "key.not_found", NOT_FOUND, "No such key", "`GET /api-keys` lists the keys.";
     RateLimited = "rate.limited", TOO_MANY_REQUESTS, "Too many requests", "Wait as `Retry-After` says. `RateLimit-Limit` is the number of requests in a minute.";
     QuotaExceeded = "quota.exceeded", TOO_MANY_REQUESTS, "The key's quota is used up", "Wait until jobs have finished, delete what is not needed any more, or ask an administrator for more.";
+    WebhookNotFound = "webhook.not_found", NOT_FOUND, "No such webhook", "`GET /webhooks` lists the webhooks.";
+    DeliveryNotFound = "delivery.not_found", NOT_FOUND, "No such delivery", "`GET /webhooks/{id}/deliveries` lists them.";
     JobNotFound = "job.not_found", NOT_FOUND, "No such job", "`GET /jobs` lists the jobs.";
     DatasetNotFound = "dataset.not_found", NOT_FOUND, "No such dataset", "`GET /datasets` lists the datasets.";
     ModelNotFound = "model.not_found", NOT_FOUND, "No such model", "`GET /models` lists the models.";
@@ -280,6 +282,8 @@ impl From<StoreError> for ApiError {
                     "model" => Code::ModelNotFound,
                     "file" => Code::FileNotFound,
                     "key" => Code::KeyNotFound,
+                    "webhook" => Code::WebhookNotFound,
+                    "delivery" => Code::DeliveryNotFound,
                     _ => Code::InvalidRequest,
                 };
                 Self::new(code, format!("There is no {what} {id}."))

@@ -23,6 +23,7 @@ mod models;
 mod session;
 mod sse;
 mod submit;
+mod webhooks;
 
 use std::{
     sync::{Arc, atomic::AtomicU64},
@@ -50,6 +51,7 @@ use error::{ApiError, Code};
         (name = "datasets", description = "Pictures with captions."),
         (name = "models", description = "Base models and model families."),
         (name = "access", description = "API keys and sessions. Without a key the server is open; the first one locks it."),
+        (name = "webhooks", description = "Outward calls about jobs, signed as Standard Webhooks says."),
         (name = "server", description = "Health, versions, figures."),
     ),
     components(schemas(error::ProblemDto, error::FieldErrorDto))
@@ -95,6 +97,17 @@ fn resources() -> OpenApiRouter<App> {
         ))
         .routes(routes!(api_keys::list_keys, api_keys::create_key))
         .routes(routes!(api_keys::get_key, api_keys::patch_key, api_keys::revoke_key))
+        // webhooks
+        .routes(routes!(webhooks::list_webhooks, webhooks::create_webhook))
+        .routes(routes!(
+            webhooks::get_webhook,
+            webhooks::patch_webhook,
+            webhooks::delete_webhook
+        ))
+        .routes(routes!(webhooks::test_webhook))
+        .routes(routes!(webhooks::webhook_deliveries))
+        .routes(routes!(webhooks::redeliver))
+        .routes(routes!(webhooks::job_webhook))
         // server
         .routes(routes!(health::livez))
         .routes(routes!(health::readyz))

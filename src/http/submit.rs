@@ -26,6 +26,7 @@ use super::{
     dto::job_id,
     error::{ApiError, ApiResult, Code, ProblemDto},
     jobs::{DatasetRefDto, ExportDto, JobDto, PlanDto, SamplingDto, notes},
+    webhooks::{self, WebhookRequestDto},
 };
 use crate::{
     app::App,
@@ -61,6 +62,8 @@ pub(super) struct JobRequestDto {
     pub notes: Option<String>,
     /// -1000 to 1000; higher starts first.
     pub priority: Option<i64>,
+    /// Who is told what becomes of the job; see also `POST /webhooks`.
+    pub webhook: Option<WebhookRequestDto>,
 }
 
 /// A job and its dataset in one request.
@@ -404,9 +407,11 @@ async fn check(app: &App, request: Value, dataset: DatasetOf<'_>, parent: Option
     let tags = fields.labels("tags", 32, 64).unwrap_or_default();
     let notes = notes(&mut fields).unwrap_or_default();
     let priority = fields.integer("priority", -1000..=1000).unwrap_or(0);
+    let webhook = fields.object("webhook");
     fields.finish();
     let sampling = sampling_of(sampling.unwrap_or_default(), &mut errors);
     let export = export_of(export.unwrap_or_default(), &mut errors);
+    let webhook = webhooks::of_job(app, webhook, &mut errors)?;
     let hyperparameters =
         model.as_ref().and_then(
             |model| match app.catalog.resolve(&model.info.family, &model.info, &given) {
@@ -450,6 +455,7 @@ async fn check(app: &App, request: Value, dataset: DatasetOf<'_>, parent: Option
         export,
         plan,
         owner: None,
+        webhook,
     };
     Ok(Checked::Complete(Box::new(Draft { new, dataset })))
 }

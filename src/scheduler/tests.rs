@@ -191,6 +191,7 @@ impl World {
                 warnings: Vec::new(),
             },
             owner: None,
+            webhook: None,
         };
         self.app.create_job(&new, None).await.unwrap()
     }

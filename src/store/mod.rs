@@ -11,6 +11,7 @@ mod events;
 mod idempotency;
 mod ingest;
 mod jobs;
+mod outbox;
 mod rows;
 mod upkeep;
 

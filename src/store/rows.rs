@@ -7,8 +7,8 @@ use sqlx::{Row, sqlite::SqliteRow};
 
 use super::{Result, StoreError, query};
 use crate::domain::{
-    ApiKey, Artifact, ArtifactKind, Checkpoint, Dataset, Desired, EventKind, Job, JobEvent, JobSample, JobStatus,
-    MetricRow, Model, ModelKind, Quota, Scope,
+    ApiKey, Artifact, ArtifactKind, Checkpoint, Dataset, Delivery, DeliveryAttempt, DeliveryStatus, Desired, EventKind,
+    Job, JobEvent, JobSample, JobStatus, MetricRow, Model, ModelKind, Quota, Scope, Webhook,
 };
 
 fn corrupt(column: &'static str, found: &dyn ToString) -> StoreError {
@@ -212,6 +212,48 @@ pub(super) fn api_key(row: &SqliteRow) -> Result<ApiKey> {
         expires_at_ms: column(row, "expires_at_ms")?,
         revoked_at_ms: column(row, "revoked_at_ms")?,
         last_used_at_ms: column(row, "last_used_at_ms")?,
+    })
+}
+
+pub(super) fn webhook(row: &SqliteRow) -> Result<Webhook> {
+    let job: Option<String> = column(row, "job_id")?;
+    Ok(Webhook {
+        id: parsed(row, "id")?,
+        job_id: job
+            .map(|id| id.parse().map_err(|_| corrupt("job_id", &id)))
+            .transpose()?,
+        url: column(row, "url")?,
+        events: json(row, "events")?,
+        secret: column(row, "secret")?,
+        description: column(row, "description")?,
+        enabled: column(row, "enabled")?,
+        disabled_reason: column(row, "disabled_reason")?,
+        failing_since_ms: column(row, "failing_since_ms")?,
+        created_at_ms: column(row, "created_at_ms")?,
+    })
+}
+
+/// Without its attempts, which are rows of their own.
+pub(super) fn delivery(row: &SqliteRow) -> Result<Delivery> {
+    Ok(Delivery {
+        id: parsed(row, "id")?,
+        webhook_id: parsed(row, "webhook_id")?,
+        event: column(row, "event")?,
+        payload: column(row, "payload")?,
+        status: spelled(row, "status", DeliveryStatus::parse)?,
+        tries: unsigned(row, "tries")?,
+        next_attempt_ms: column(row, "next_attempt_ms")?,
+        created_at_ms: column(row, "created_at_ms")?,
+        attempts: Vec::new(),
+    })
+}
+
+pub(super) fn delivery_attempt(row: &SqliteRow) -> Result<DeliveryAttempt> {
+    Ok(DeliveryAttempt {
+        t_ms: column(row, "t_ms")?,
+        duration_ms: unsigned(row, "duration_ms")?,
+        http_status: unsigned_opt(row, "http_status")?,
+        error: column(row, "error")?,
     })
 }
 

@@ -104,6 +104,7 @@ impl Fixture {
                 warnings: Vec::new(),
             },
             owner: None,
+            webhook: None,
         }
     }
 

@@ -111,6 +111,7 @@ pub fn scripted_job(dataset: DatasetId, script: &Value) -> NewJob {
             warnings: Vec::new(),
         },
         owner: None,
+        webhook: None,
     }
 }
 
