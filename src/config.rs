@@ -57,6 +57,8 @@ pub struct Server {
     pub auth: Auth,
     /// Hours, 1..=8760.
     pub session_hours: u64,
+    /// Entries, 100..=100000000.
+    pub audit_entries: u64,
     /// Proxies whose `X-Forwarded-For` is believed.
     pub trusted_proxies: Networks,
     /// Allow other addresses than loopback without API keys.
@@ -305,6 +307,7 @@ impl Config {
         let (server, limits, scheduler) = (&self.server, &self.limits, &self.scheduler);
         range("server.request_timeout_ms", server.request_timeout_ms, 1000, 3_600_000);
         range("server.header_timeout_ms", server.header_timeout_ms, 1000, 600_000);
+        range("server.audit_entries", server.audit_entries, 100, 100_000_000);
         range("server.session_hours", server.session_hours, 1, 8760);
         range("storage.min_free_bytes", self.storage.min_free_bytes, 0, 1 << 40);
         range("server.sse_ping_ms", server.sse_ping_ms, 1000, 60_000);

@@ -94,6 +94,29 @@ pub struct ApiKeyPatch {
     pub quota: Option<Quota>,
 }
 
+/// Something that was asked for and would change something.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AuditEntry {
+    /// Grows with time; 0 before it is stored.
+    pub id: i64,
+    /// When.
+    pub t_ms: i64,
+    /// With which key, and its name then.
+    pub key: Option<(KeyId, String)>,
+    /// Where from.
+    pub address: String,
+    /// `POST`, …
+    pub method: String,
+    /// What on, without the query.
+    pub path: String,
+    /// Id of what was made.
+    pub object: Option<String>,
+    /// What came of it, as an HTTP status.
+    pub status: u16,
+    /// Of the request.
+    pub request_id: String,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -13,7 +13,7 @@ pub mod metric;
 pub mod model;
 pub mod webhook;
 
-pub use access::{ApiKey, ApiKeyPatch, NewApiKey, Quota, Scope};
+pub use access::{ApiKey, ApiKeyPatch, AuditEntry, NewApiKey, Quota, Scope};
 pub use artifact::{Artifact, ArtifactKind, Checkpoint, JobSample};
 pub use attempt::{Ended, Exit, Outcome, RetryLimits};
 pub use dataset::Dataset;

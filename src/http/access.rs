@@ -25,7 +25,7 @@ use utoipa::openapi::{
 };
 
 use super::{
-    client,
+    audit, client,
     error::{ApiError, ApiResult, Code},
     guard,
     limiter::{Limiter, Verdict, Who},
@@ -57,7 +57,7 @@ pub(super) fn scope_of(method: &Method, route: &str) -> Option<Scope> {
     let first = route.split('/').nth(1).unwrap_or("");
     match first {
         "livez" | "readyz" | "session" => None,
-        "api-keys" | "webhooks" => Some(Scope::Admin),
+        "api-keys" | "audit" | "webhooks" => Some(Scope::Admin),
         "models" if !reads => Some(Scope::Admin),
         _ if reads => Some(Scope::Read),
         _ => Some(Scope::Submit),
@@ -259,11 +259,14 @@ pub(super) async fn authorize(State(access): State<Arc<Access>>, request: Reques
     let verdict = access.count(&parts, &caller, &allowed);
     let mut response = match (verdict, allowed) {
         (Some(verdict), _) if !verdict.allowed => too_many(verdict).into_response(),
-        (_, Err(error)) => error.into_response(),
+        (_, Err(error)) => {
+            audit::refused(access.app.clone(), &caller, &parts, &error).await;
+            error.into_response()
+        }
         (_, Ok(())) => {
             let mut request = Request::from_parts(parts, body);
-            request.extensions_mut().insert(caller);
-            next.run(request).await
+            request.extensions_mut().insert(caller.clone());
+            audit::record(access.app.clone(), &caller, request, next).await
         }
     };
     response

@@ -26,12 +26,17 @@ const CSP: &str = "default-src 'self'; img-src 'self' blob: data:; object-src 'n
 /// For files: nothing in them may run, even when opened.
 pub(super) const FILE_CSP: &str = "default-src 'none'; sandbox; frame-ancestors 'none'";
 
+/// The request's id; an extension of every request.
+#[derive(Debug, Clone)]
+pub(super) struct RequestId(pub(super) String);
+
 /// Outermost: gives the request an id, renders errors as problem+json, and sets the headers that every answer has.
-pub(super) async fn request_context(request: Request, next: Next) -> Response {
+pub(super) async fn request_context(mut request: Request, next: Next) -> Response {
     let id = format!("req_{}", Uuid::now_v7().simple());
     let method = request.method().clone();
     let path = request.uri().path().to_owned();
     let started = std::time::Instant::now();
+    request.extensions_mut().insert(RequestId(id.clone()));
     let mut response = render(next.run(request).await, &id);
     tracing::debug!(
         request.id = id,

@@ -6,6 +6,7 @@
 mod access;
 mod api_keys;
 mod assets;
+mod audit;
 mod body;
 mod client;
 mod datasets;
@@ -50,7 +51,7 @@ use error::{ApiError, Code};
         (name = "results", description = "What a job leaves behind: metrics, logs, samples, files."),
         (name = "datasets", description = "Pictures with captions."),
         (name = "models", description = "Base models and model families."),
-        (name = "access", description = "API keys and sessions. Without a key the server is open; the first one locks it."),
+        (name = "access", description = "API keys, sessions, the audit log. Without a key the server is open; the first one locks it."),
         (name = "webhooks", description = "Outward calls about jobs, signed as Standard Webhooks says."),
         (name = "server", description = "Health, versions, figures."),
     ),
@@ -97,6 +98,7 @@ fn resources() -> OpenApiRouter<App> {
         ))
         .routes(routes!(api_keys::list_keys, api_keys::create_key))
         .routes(routes!(api_keys::get_key, api_keys::patch_key, api_keys::revoke_key))
+        .routes(routes!(audit::list_audit))
         // webhooks
         .routes(routes!(webhooks::list_webhooks, webhooks::create_webhook))
         .routes(routes!(

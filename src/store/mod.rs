@@ -6,6 +6,7 @@
 
 mod access;
 mod attempts;
+mod audit;
 mod catalogue;
 mod events;
 mod idempotency;

@@ -7,8 +7,8 @@ use sqlx::{Row, sqlite::SqliteRow};
 
 use super::{Result, StoreError, query};
 use crate::domain::{
-    ApiKey, Artifact, ArtifactKind, Checkpoint, Dataset, Delivery, DeliveryAttempt, DeliveryStatus, Desired, EventKind,
-    Job, JobEvent, JobSample, JobStatus, MetricRow, Model, ModelKind, Quota, Scope, Webhook,
+    ApiKey, Artifact, ArtifactKind, AuditEntry, Checkpoint, Dataset, Delivery, DeliveryAttempt, DeliveryStatus,
+    Desired, EventKind, Job, JobEvent, JobSample, JobStatus, MetricRow, Model, ModelKind, Quota, Scope, Webhook,
 };
 
 fn corrupt(column: &'static str, found: &dyn ToString) -> StoreError {
@@ -254,6 +254,25 @@ pub(super) fn delivery_attempt(row: &SqliteRow) -> Result<DeliveryAttempt> {
         duration_ms: unsigned(row, "duration_ms")?,
         http_status: unsigned_opt(row, "http_status")?,
         error: column(row, "error")?,
+    })
+}
+
+pub(super) fn audit_entry(row: &SqliteRow) -> Result<AuditEntry> {
+    let id: Option<String> = column(row, "key_id")?;
+    let name: Option<String> = column(row, "key_name")?;
+    let id = id
+        .map(|id| id.parse().map_err(|_| corrupt("key_id", &id)))
+        .transpose()?;
+    Ok(AuditEntry {
+        id: column(row, "id")?,
+        t_ms: column(row, "t_ms")?,
+        key: id.zip(name),
+        address: column(row, "address")?,
+        method: column(row, "method")?,
+        path: column(row, "path")?,
+        object: column(row, "object")?,
+        status: unsigned(row, "status")?,
+        request_id: column(row, "request_id")?,
     })
 }
 

@@ -32,7 +32,7 @@ function useRoute() {
   return route;
 }
 
-function page({ parts: [head, id], query }) {
+function page({ parts: [head, id], query }, access) {
   switch (head) {
     case undefined:
       return html`<${JobsPage} query=${query} />`;
@@ -45,17 +45,17 @@ function page({ parts: [head, id], query }) {
     case "models":
       return html`<${ModelsPage} />`;
     case "system":
-      return html`<${SystemPage} />`;
+      return html`<${SystemPage} ...${access} />`;
     default:
       return html`<div class="page"><${Empty} icon="search" title=${t("There is no such page")}><p><a href="#/">${t("Go to the jobs")}</a></p></${Empty}></div>`;
   }
 }
 
-function Guarded({ route }) {
+function Guarded({ route, access }) {
   const [error, reset] = useErrorBoundary((e) => console.error(e));
   useEffect(() => error && reset(), [route]);
   if (error) return html`<div class="page"><${Problem} error=${{ title: t("This page broke"), detail: String(error.message ?? error), hint: t("Reload it; if it happens again, please report it.") }} retry=${() => location.reload()} /></div>`;
-  return page(route);
+  return page(route, access);
 }
 
 const NAV = [
@@ -113,7 +113,7 @@ function Shell({ session, onSession }) {
           <p class="version num">${version.data ? `lorad ${version.data.version ?? ""}` : version.error ? t("server not reachable") : ""}</p>
         </div>
       </header>
-      <main class="main" id="main" tabindex="-1"><${Guarded} route=${route} /></main>
+      <main class="main" id="main" tabindex="-1"><${Guarded} route=${route} access=${{ session, onSession }} /></main>
     </div>
     <${Toasts} />
   </${Fragment}>`;

@@ -1,6 +1,7 @@
 // A locked server in a browser: signing in and out, a session that ends in the middle, and where the key is kept.
 import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
+import { createServer } from "node:http";
 import { after, before, test } from "node:test";
 import { BIN, Browser, clean, fits, Server, shot, until } from "./harness.mjs";
 
@@ -78,4 +79,73 @@ test("a signed-in browser uploads, streams and downloads; signing out and a revo
   // The list asks again by itself.
   await page.getByRole("heading", { name: "Sign in" }).waitFor({ timeout: 60_000 });
   clean(page);
+});
+
+test("keys, webhooks and the audit log are managed on the system page", { timeout: 120_000 }, async () => {
+  const heard = [];
+  const receiver = createServer((request, response) => {
+    heard.push([request.headers["webhook-id"], request.headers["webhook-signature"]]);
+    response.writeHead(heard.length === 1 ? 500 : 204).end();
+  });
+  await new Promise((done) => receiver.listen(0, "127.0.0.1", done));
+  const open = await Server.start({ LORAD_WEBHOOKS__ALLOW_PRIVATE: "127.0.0.0/8", LORAD_WEBHOOKS__ALLOW_HTTP: "true", LORAD_WEBHOOKS__RETRY_AFTER_MS: "100,100", LORAD_WEBHOOKS__POLL_MS: "50" });
+  try {
+    const page = await browser.page(open);
+    await page.goto(`${open.url}#/system`);
+    await page.getByText("whoever reaches this server may do everything").waitFor();
+    // The first key: an admin one, shown once, and this browser is signed in with it.
+    await page.getByRole("button", { name: "New key" }).click();
+    await page.getByLabel("Name").fill('first <img src=x onerror="window.owned=1">');
+    assert.ok(await page.getByLabel("May").isDisabled());
+    await page.getByRole("button", { name: "Make the key" }).click();
+    const dialog = page.getByRole("dialog");
+    const text = (await dialog.locator("pre").innerText()).trim();
+    assert.match(text, /^lorad_[0-9a-f]{80}$/);
+    await shot(page, "key-made-light");
+    await dialog.getByRole("button", { name: "I have it" }).click();
+    await page.locator(".who", { hasText: "first <img" }).waitFor();
+    await page.locator(".access-row", { hasText: "this browser" }).waitFor();
+    assert.equal((await fetch(`${open.url}jobs`)).status, 401, "the server is locked");
+    open.key = text;
+
+    await page.getByRole("button", { name: "New webhook" }).click();
+    await page.getByLabel("Address").fill("http://10.0.0.1/hook");
+    await page.getByRole("button", { name: "Add the webhook" }).click();
+    await page.locator(".problem", { hasText: "not public" }).waitFor();
+    await page.getByLabel("Address").fill(`http://127.0.0.1:${receiver.address().port}/hook`);
+    await page.getByRole("button", { name: "Add the webhook" }).click();
+    assert.match(await page.getByRole("dialog").locator("pre").innerText(), /^whsec_/);
+    await page.getByRole("dialog").getByRole("button", { name: "I have it" }).click();
+    await page.getByRole("button", { name: "Test" }).click();
+    await page.locator('[data-delivery="delivered"]', { hasText: "2 tried" }).waitFor();
+    assert.equal(new Set(heard.map(([id]) => id)).size, 1, "one message, tried twice");
+    await page.getByRole("button", { name: "Send again" }).click();
+    await until("it comes again", () => heard.length === 3);
+
+    await page.locator(".audit tr", { hasText: "POST /webhooks" }).first().waitFor();
+    await page.locator(".audit tr", { hasText: "nobody" }).first().waitFor();
+    await page.waitForTimeout(300);
+    await shot(page, "system-manage-light");
+    for (const [theme, width] of [["dark", 1280], ["light", 360]]) {
+      const other = await browser.page(open, { theme, width, height: 800 });
+      await other.goto(`${open.url}#/system`);
+      await signIn(other, text);
+      await other.locator(".audit tr").first().waitFor();
+      await fits(other, `system ${theme} ${width}`);
+      await shot(other, `system-manage-${theme}-${width}`);
+      clean(other);
+      await other.close2();
+    }
+    // The last admin key stays; another one goes.
+    const revoke = page.getByRole("button", { name: "Revoke first" });
+    await revoke.click();
+    await page.getByRole("button", { name: "Revoke", exact: true }).last().click();
+    await page.getByRole("dialog").getByText("last admin key").first().waitFor();
+    await page.getByRole("button", { name: "Keep it" }).click();
+    assert.equal(await page.evaluate(() => window.owned), undefined);
+    clean(page);
+  } finally {
+    await open.stop();
+    receiver.close();
+  }
 });
