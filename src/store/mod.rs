@@ -16,7 +16,11 @@ mod outbox;
 mod rows;
 mod upkeep;
 
-use std::{path::Path, time::Duration};
+use std::{
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
+    path::Path,
+    time::Duration,
+};
 
 use sqlx::{
     Row, Sqlite, SqlitePool, Transaction,
@@ -166,6 +170,7 @@ impl Store {
             path: file.display().to_string(),
             source,
         };
+        keep_private(file).map_err(|source| at(source.into()))?;
         let options = SqliteConnectOptions::new()
             .filename(file)
             .create_if_missing(true)
@@ -284,6 +289,19 @@ impl Store {
         }
         self.writer.close().await;
     }
+}
+
+/// The database holds the secrets that sign webhooks: it is its owner's alone. SQLite gives the log beside it the same mode.
+fn keep_private(file: &Path) -> std::io::Result<()> {
+    let file = std::fs::File::options()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(file)?;
+    if file.metadata()?.permissions().mode() & 0o077 != 0 {
+        file.set_permissions(std::fs::Permissions::from_mode(0o600))?;
+    }
+    Ok(())
 }
 
 fn is_at_least(version: &str, minimum: [u32; 3]) -> bool {

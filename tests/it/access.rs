@@ -1,5 +1,7 @@
 //! Who may do what: every route with every kind of key, keys that do not open, sessions, and when a server locks itself.
 
+use std::os::unix::fs::PermissionsExt as _;
+
 use lorad::{
     config::Config,
     domain::{NewApiKey, Quota, Scope},
@@ -232,6 +234,14 @@ async fn the_first_key_locks_the_server_is_shown_once_and_kept_only_as_a_hash() 
     client.restart().await;
     assert_eq!(ask(&client, &Method::GET, "/jobs", "").await.0, 401);
 
+    // What is stored is the owner's alone, and is not the key.
+    for name in ["lorad.sqlite3", "lorad.sqlite3-wal"] {
+        let mode = std::fs::metadata(client.data().join(name))
+            .unwrap()
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o777, 0o600, "{name}");
+    }
     client.stop().await;
     let secret = &text.as_bytes()[14..];
     for file in std::fs::read_dir(client.data()).unwrap() {
