@@ -12,13 +12,20 @@ use std::{
 use config::{Environment, File, FileFormat};
 use serde::{Deserialize, Serialize};
 
-use crate::domain::RetryLimits;
+use crate::{domain::RetryLimits, network::Networks};
 
 /// The defaults, with the documentation of every key.
 pub const DEFAULTS: &str = include_str!("../configs/default.toml");
 
 /// Keys that hold lists, so that the environment can set them.
-const LISTS: &[&str] = &["server.allowed_hosts", "scheduler.devices", "models.roots"];
+const LISTS: &[&str] = &[
+    "server.allowed_hosts",
+    "server.trusted_proxies",
+    "scheduler.devices",
+    "models.roots",
+    "webhooks.allow_private",
+    "webhooks.retry_after_ms",
+];
 
 /// All settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -34,6 +41,8 @@ pub struct Config {
     pub scheduler: Scheduler,
     /// Base models.
     pub models: Models,
+    /// Outward calls.
+    pub webhooks: Webhooks,
     /// Logging.
     pub log: Log,
 }
@@ -44,6 +53,14 @@ pub struct Config {
 pub struct Server {
     /// Address and port; port 0 picks a free one.
     pub bind: SocketAddr,
+    /// Whether requests need an API key.
+    pub auth: Auth,
+    /// Hours, 1..=8760.
+    pub session_hours: u64,
+    /// Entries, 100..=100000000.
+    pub audit_entries: u64,
+    /// Proxies whose `X-Forwarded-For` is believed.
+    pub trusted_proxies: Networks,
     /// Allow other addresses than loopback without API keys.
     pub insecure_no_auth: bool,
     /// Accepted `Host` names besides the bind address and loopback.
@@ -60,6 +77,16 @@ pub struct Server {
     pub max_streams: u64,
     /// Milliseconds, 0..=600000.
     pub shutdown_grace_ms: u64,
+}
+
+/// When requests need an API key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Auth {
+    /// As soon as a key was made.
+    Auto,
+    /// Always.
+    Required,
 }
 
 /// `[storage]`
@@ -98,6 +125,8 @@ pub struct Limits {
     pub caption_chars: u64,
     /// Jobs.
     pub queued_jobs: u64,
+    /// Requests in a minute; 0: any number.
+    pub requests_per_minute: u32,
 }
 
 /// `[scheduler]`
@@ -138,6 +167,27 @@ pub struct Models {
     pub roots: Vec<PathBuf>,
 }
 
+/// `[webhooks]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Webhooks {
+    /// Networks that may be called though they are not public.
+    pub allow_private: Networks,
+    /// Whether unencrypted http is allowed.
+    pub allow_http: bool,
+    /// Milliseconds, 100..=300000.
+    pub timeout_ms: u64,
+    /// Milliseconds before each further attempt, each 0..=604800000.
+    #[serde(deserialize_with = "numbers")]
+    pub retry_after_ms: Vec<u64>,
+    /// Days, 1..=365.
+    pub disable_after_days: u64,
+    /// Days, 1..=3650.
+    pub keep_days: u64,
+    /// Milliseconds, 10..=3600000.
+    pub poll_ms: u64,
+}
+
 /// `[log]`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -146,6 +196,31 @@ pub struct Log {
     pub filter: String,
     /// One JSON object per line.
     pub json: bool,
+}
+
+/// A list of numbers. One alone is a list of one: the environment's parser makes a number of `100`, not a list.
+fn numbers<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<u64>, D::Error> {
+    struct Numbers;
+    impl<'de> serde::de::Visitor<'de> for Numbers {
+        type Value = Vec<u64>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a list of whole numbers")
+        }
+
+        fn visit_i64<E: serde::de::Error>(self, n: i64) -> Result<Vec<u64>, E> {
+            u64::try_from(n).map(|n| vec![n]).map_err(E::custom)
+        }
+
+        fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<u64>, A::Error> {
+            let mut numbers = Vec::new();
+            while let Some(n) = seq.next_element()? {
+                numbers.push(n);
+            }
+            Ok(numbers)
+        }
+    }
+    deserializer.deserialize_any(Numbers)
 }
 
 /// Why the settings cannot be used.
@@ -205,7 +280,12 @@ impl Config {
         }
         layers = layers.add_source(source);
         for (key, value) in flags {
-            layers = layers.set_override(*key, value.as_str())?;
+            layers = if LISTS.contains(key) {
+                let items = value.split(',').filter(|item| !item.is_empty()).map(str::to_owned);
+                layers.set_override(*key, items.collect::<Vec<_>>())?
+            } else {
+                layers.set_override(*key, value.as_str())?
+            };
         }
         let config: Self = layers.build()?.try_deserialize()?;
         config.validate()?;
@@ -231,6 +311,8 @@ impl Config {
         let (server, limits, scheduler) = (&self.server, &self.limits, &self.scheduler);
         range("server.request_timeout_ms", server.request_timeout_ms, 1000, 3_600_000);
         range("server.header_timeout_ms", server.header_timeout_ms, 1000, 600_000);
+        range("server.audit_entries", server.audit_entries, 100, 100_000_000);
+        range("server.session_hours", server.session_hours, 1, 8760);
         range("storage.min_free_bytes", self.storage.min_free_bytes, 0, 1 << 40);
         range("storage.ballast_bytes", self.storage.ballast_bytes, 0, 1 << 30);
         range("server.max_streams", server.max_streams, 1, 100_000);
@@ -249,6 +331,12 @@ impl Config {
         range("limits.archive_ratio", limits.archive_ratio, 2, 10_000);
         range("limits.image_pixels", limits.image_pixels, 1, 1 << 26);
         range("limits.caption_chars", limits.caption_chars, 1, 1_000_000);
+        range(
+            "limits.requests_per_minute",
+            limits.requests_per_minute.into(),
+            0,
+            1_000_000,
+        );
         range("limits.queued_jobs", limits.queued_jobs, 1, 1_000_000);
         range("scheduler.threads", scheduler.threads, 0, 1024);
         range("scheduler.nice", scheduler.nice, 0, 19);
@@ -260,6 +348,14 @@ impl Config {
         range("scheduler.kill_grace_ms", scheduler.kill_grace_ms, 0, 600_000);
         range("scheduler.max_failed_attempts", scheduler.max_failed_attempts, 1, 1000);
         range("scheduler.retry_backoff_ms", scheduler.retry_backoff_ms, 0, 600_000);
+        let webhooks = &self.webhooks;
+        range("webhooks.timeout_ms", webhooks.timeout_ms, 100, 300_000);
+        for pause in &webhooks.retry_after_ms {
+            range("webhooks.retry_after_ms", *pause, 0, 604_800_000);
+        }
+        range("webhooks.disable_after_days", webhooks.disable_after_days, 1, 365);
+        range("webhooks.keep_days", webhooks.keep_days, 1, 3650);
+        range("webhooks.poll_ms", webhooks.poll_ms, 10, 3_600_000);
         if scheduler.lease_ms < scheduler.heartbeat_ms.saturating_mul(2) {
             faults.push("scheduler.lease_ms: must be at least two scheduler.heartbeat_ms".to_owned());
         }
@@ -277,13 +373,6 @@ impl Config {
             if scheduler.devices[..i].contains(device) {
                 faults.push(format!("scheduler.devices: {device:?} is listed twice"));
             }
-        }
-        if !server.bind.ip().is_loopback() && !server.insecure_no_auth {
-            faults.push(format!(
-                "server.bind = {}: everyone who reaches it could read and delete everything; bind to 127.0.0.1, or allow it \
-                 with --insecure-no-auth (server.insecure_no_auth = true)",
-                server.bind
-            ));
         }
         if let Err(error) = self.log.filter.parse::<tracing_subscriber::EnvFilter>() {
             faults.push(format!("log.filter: {error}"));
@@ -341,6 +430,20 @@ mod tests {
     }
 
     #[test]
+    fn a_list_of_one_or_more_comes_from_every_layer() {
+        for (text, wanted) in [("100", vec![100]), ("100,200", vec![100, 200])] {
+            let from_environment = Config::from_layers(None, env(&[("LORAD_WEBHOOKS__RETRY_AFTER_MS", text)]), &[]);
+            assert_eq!(from_environment.unwrap().webhooks.retry_after_ms, wanted);
+            let flags = [("webhooks.retry_after_ms", text.to_owned())];
+            let from_flags = Config::from_layers(None, HashMap::new(), &flags);
+            assert_eq!(from_flags.unwrap().webhooks.retry_after_ms, wanted);
+        }
+        let flags = [("webhooks.allow_private", "10.0.0.0/8,localhost".to_owned())];
+        let error = Config::from_layers(None, HashMap::new(), &flags).unwrap_err();
+        assert!(error.to_string().contains("localhost"), "{error}");
+    }
+
+    #[test]
     fn a_misspelt_key_is_refused_by_name_in_every_layer() {
         let message = |result: Result<Config, ConfigError>| result.unwrap_err().to_string();
         let environment = env(&[("LORAD_SERVER__BINDD", "127.0.0.1:1")]);
@@ -353,20 +456,12 @@ mod tests {
     fn all_values_out_of_range_are_named_at_once() {
         let flags = [
             ("scheduler.nice", "20".to_owned()),
-            ("scheduler.devices", "gpu".to_owned()),
-            ("server.bind", "0.0.0.0:80".to_owned()),
+            ("scheduler.devices", "gpu,gpu".to_owned()),
         ];
-        // A list cannot come from a flag's text; through the environment it can.
-        let environment = env(&[("LORAD_SCHEDULER__DEVICES", "gpu,gpu")]);
-        let text = Config::from_layers(None, environment, &[flags[0].clone(), flags[2].clone()])
+        let text = Config::from_layers(None, HashMap::new(), &flags)
             .unwrap_err()
             .to_string();
-        for part in [
-            "scheduler.nice = 20",
-            "\"gpu\" is none of",
-            "listed twice",
-            "--insecure-no-auth",
-        ] {
+        for part in ["scheduler.nice = 20", "\"gpu\" is none of", "listed twice"] {
             assert!(text.contains(part), "{part} is missing in {text}");
         }
     }

@@ -16,6 +16,8 @@
 //! - [`http`] · the API and the dashboard.
 //! - [`ingest`] · uploaded archives into datasets.
 //! - [`space`] · room on the disk, and the ballast file.
+//! - [`webhooks`] · outward calls.
+//! - [`secret`] and [`network`] · API keys as text, networks of addresses.
 //! - [`upkeep`] · checking and copying a whole data directory.
 //! - [`trainer`] · the only file that names the trainer.
 
@@ -31,10 +33,13 @@ pub mod events;
 pub mod executor;
 pub mod http;
 pub mod ingest;
+pub mod network;
 pub mod scheduler;
+pub mod secret;
 pub mod serve;
 pub mod space;
 pub mod store;
 pub mod telemetry;
 pub mod trainer;
 pub mod upkeep;
+pub mod webhooks;

@@ -24,13 +24,14 @@ use crate::{
     app::{App, DataDir},
     blobs::{self, BlobError, Blobs},
     builtin::{self, BuiltinError},
-    config::Config,
+    config::{Auth, Config},
     events::Events,
     executor::local::LocalExecutor,
     scheduler::{self, Scheduler},
     space::Ballast,
     store::{Store, StoreError},
     trainer::TrainerCatalog,
+    webhooks::Webhooks,
 };
 
 /// Longest path of a Unix socket; the system's limit is 108 bytes with its end mark on Linux, 104 elsewhere.
@@ -71,6 +72,16 @@ pub enum ServeError {
         #[source]
         source: std::io::Error,
     },
+    /// Everyone who reaches the address could do everything.
+    #[error(
+        "refusing to listen on {0} without API keys: everyone who reaches it could read and delete everything. Make a key \
+         (`lorad keys create --name me --scope admin` with the same --data-dir), bind to 127.0.0.1, or say \
+         --insecure-no-auth if something else guards it"
+    )]
+    Exposed(SocketAddr),
+    /// The client that calls webhooks cannot be made.
+    #[error("cannot make the client that calls webhooks")]
+    Webhooks(#[source] reqwest::Error),
     /// The program to run as worker was not found.
     #[error("cannot find this program's own file to start workers from")]
     WorkerProgram(#[source] std::io::Error),
@@ -136,6 +147,11 @@ pub async fn serve(config: Config) -> Result<ServerHandle, ServeError> {
     let store = Store::open(&data.database()).await?;
     store.settle_in(&data.root()).await?;
     store.abandon_cut_off_requests().await?;
+    let server = &config.server;
+    let guarded = server.insecure_no_auth || server.auth == Auth::Required || store.has_keys().await?;
+    if !server.bind.ip().is_loopback() && !guarded {
+        return Err(ServeError::Exposed(server.bind));
+    }
     blobs::sweep_staging(&data.artifacts()).map_err(|source| ServeError::DataDir {
         path: data.artifacts(),
         source,
@@ -168,6 +184,8 @@ pub async fn serve(config: Config) -> Result<ServerHandle, ServeError> {
     prepare_content(&app).await?;
     scheduler::sweep(&app).await;
     let mut tasks = start_jobs(&app)?;
+    let webhooks = Webhooks::new(app.clone()).map_err(ServeError::Webhooks)?;
+    tasks.push(tokio::spawn(webhooks.run()));
     tasks.push(spawn_public(&app, listener));
     tracing::info!(%address, data_dir = %app.data.root().display(), "the server is up");
     Ok(ServerHandle {

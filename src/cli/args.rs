@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
+use lorad::domain::Scope;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -39,6 +40,8 @@ pub(crate) enum Command {
     Openapi,
     /// Ask a running server whether it is ready (exit 0) or not (exit 1).
     Healthcheck(Healthcheck),
+    /// Make, list and revoke API keys.
+    Keys(Keys),
     /// Show the settings.
     Config(Config),
     /// Check a data directory: the database, every result file by its hash, checkpoints. Changes nothing.
@@ -69,6 +72,7 @@ pub(crate) struct Settings {
 Examples:
   lorad serve
   lorad serve --bind 127.0.0.1:9000 --data-dir /srv/lorad
+  lorad keys create --name me --scope admin && lorad serve --bind 0.0.0.0:8080
   lorad serve --bind 0.0.0.0:8080 --insecure-no-auth     (only where the network is trusted)
 
 Ctrl-C or SIGTERM stops it: running jobs write a checkpoint and go on after the next start.")]
@@ -78,7 +82,7 @@ pub(crate) struct Serve {
     pub(crate) bind: Option<SocketAddr>,
     #[command(flatten)]
     pub(crate) settings: Settings,
-    /// Serve other machines without asking who they are.
+    /// Serve other machines without API keys. Keys that exist are asked for all the same.
     #[arg(long)]
     pub(crate) insecure_no_auth: bool,
     /// Serve the dashboard from this folder instead of from the binary (for work on it).
@@ -182,6 +186,68 @@ pub(crate) struct Backup {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  lorad keys create --name me --scope admin
+  lorad keys create --name ci --scope submit --expires 90d --queued-jobs 10
+  lorad keys list
+  lorad keys revoke key_0198…            Or by its first characters, lorad_1a2b3c4d
+
+The first key locks the server: from then on every request needs one. Commands that talk to a server read LORAD_API_KEY.")]
+pub(crate) struct Keys {
+    #[command(subcommand)]
+    pub(crate) command: KeysCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum KeysCommand {
+    /// Make a key and print it, this once.
+    Create(NewKey),
+    /// List every key that was ever made.
+    List {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        settings: Settings,
+    },
+    /// Revoke a key, at once.
+    Revoke {
+        /// `key_…`, or the first characters of the key itself.
+        id: String,
+        #[command(flatten)]
+        settings: Settings,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NewKey {
+    /// For people: whose, or what for.
+    #[arg(long)]
+    pub(crate) name: String,
+    /// `read`; `submit` may also change; `admin` may also manage models, keys and webhooks.
+    #[arg(long, value_parser = scope)]
+    pub(crate) scope: Scope,
+    /// When it ends: `90d`, `2030-01-31`; by default never.
+    #[arg(long, value_name = "WHEN", allow_hyphen_values = true)]
+    pub(crate) expires: Option<String>,
+    /// Most requests in a minute.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) requests_per_minute: Option<u32>,
+    /// Most jobs of it that wait.
+    #[arg(long, value_name = "N")]
+    pub(crate) queued_jobs: Option<u32>,
+    /// Most jobs of it at work at the same time; more wait.
+    #[arg(long, value_name = "N")]
+    pub(crate) running_jobs: Option<u32>,
+    /// Most bytes of all its datasets together.
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) dataset_bytes: Option<u64>,
+    #[command(flatten)]
+    pub(crate) settings: Settings,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct Doctor {
     /// Print JSON.
     #[arg(long)]
@@ -242,6 +308,10 @@ pub(crate) struct Worker {
     /// Folder of the attempt, with its `spec.json`.
     #[arg(long, value_name = "DIR")]
     pub(crate) attempt_dir: PathBuf,
+}
+
+fn scope(text: &str) -> Result<Scope, String> {
+    Scope::parse(text).ok_or_else(|| "expected read, submit or admin".to_owned())
 }
 
 /// `KEY=VALUE`; the value is JSON where it reads as such (numbers, booleans, lists), else text.

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use futures_util::StreamExt;
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use serde_json::Value;
 
 use super::{Exit, runtime};
@@ -23,12 +24,21 @@ pub(crate) struct ServerEvent {
 }
 
 impl Client {
-    /// For the server at `base`, e.g. `http://127.0.0.1:8080`.
+    /// For the server at `base`, e.g. `http://127.0.0.1:8080`, with the key in `LORAD_API_KEY` if there is one.
     pub(crate) fn new(base: &str) -> Result<Self> {
+        let mut headers = HeaderMap::new();
+        if let Ok(key) = std::env::var("LORAD_API_KEY") {
+            let mut value = HeaderValue::from_str(&format!("Bearer {}", key.trim()))
+                .context("LORAD_API_KEY holds characters that no key has")?;
+            value.set_sensitive(true);
+            headers.insert(AUTHORIZATION, value);
+        }
+        let builder = || reqwest::Client::builder().no_proxy().default_headers(headers.clone());
         Ok(Self {
-            http: reqwest::Client::builder()
-                .no_proxy()
+            // A machine without certificates can still talk to a server beside it.
+            http: builder()
                 .build()
+                .or_else(|_| builder().tls_certs_only([]).build())
                 .context("make an HTTP client")?,
             base: base.trim_end_matches('/').to_owned(),
         })

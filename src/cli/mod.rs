@@ -14,6 +14,7 @@ mod demo;
 mod doctor;
 mod families;
 mod images;
+mod keys;
 mod models;
 mod progress;
 mod serve;
@@ -73,6 +74,7 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
         Command::Families(args) => families::run(&args),
         Command::Openapi => openapi(),
         Command::Healthcheck(args) => client::healthcheck(&args.url),
+        Command::Keys(args) => keys::run(&args),
         Command::Config(args) => config::run(&args),
         Command::Fsck(args) => upkeep::run_fsck(&args),
         Command::Backup(args) => upkeep::run_backup(&args),

@@ -91,6 +91,25 @@ time_sortable_id!(
     "dataset",
     "ds_"
 );
+time_sortable_id!(
+    /// `key_…`
+    KeyId,
+    "key",
+    "key_"
+);
+
+time_sortable_id!(
+    /// `wh_…`
+    WebhookId,
+    "webhook",
+    "wh_"
+);
+time_sortable_id!(
+    /// `msg_…`
+    MessageId,
+    "message",
+    "msg_"
+);
 
 /// A model's slug, e.g. `demo-icons`: 1 to 64 of `a-z 0-9 . _ -`, starting with a letter or digit.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -11,7 +11,10 @@ use lorad_proto::{
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::id::{DatasetId, JobId, ModelId};
+use super::{
+    id::{DatasetId, JobId, KeyId, ModelId},
+    webhook::NewWebhook,
+};
 
 macro_rules! text_enum {
     ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal,)+ }) => {
@@ -268,6 +271,10 @@ pub struct NewJob {
     pub export: Export,
     /// What it will do.
     pub plan: Plan,
+    /// The key that it was posted with.
+    pub owner: Option<KeyId>,
+    /// Who is told what becomes of it.
+    pub webhook: Option<NewWebhook>,
 }
 
 /// A job.

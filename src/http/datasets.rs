@@ -1,7 +1,7 @@
 //! Datasets: upload, read, delete.
 
 use axum::{
-    Json,
+    Extension, Json,
     body::Body,
     extract::{Multipart, Path, Query, State, multipart::MultipartRejection},
     http::{HeaderMap, HeaderValue, StatusCode, header},
@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::{
+    access::Caller,
     body::{self, Fields, Upload},
     dto::{List, dataset_id, rfc3339},
     error::{ApiError, ApiResult, Code, ProblemDto},
@@ -144,6 +145,7 @@ pub(super) struct DatasetFormDto {
     (status = 415, body = ProblemDto), (status = 422, body = ProblemDto, description = "`errors` names every file"), (status = 507, body = ProblemDto)))]
 pub(super) async fn create_dataset(
     State(app): State<App>,
+    Extension(caller): Extension<Caller>,
     headers: HeaderMap,
     form: Result<Multipart, MultipartRejection>,
 ) -> ApiResult<Response> {
@@ -173,7 +175,7 @@ pub(super) async fn create_dataset(
     // In a task of its own, so that a client that hangs up leaves no files without their row.
     let work = tokio::spawn(async move {
         let dataset = prepare(&app, &upload, name, "/file").await?;
-        if let Err(error) = app.store.insert_dataset(&dataset).await {
+        if let Err(error) = app.store.insert_dataset_of(&dataset, caller.owner()).await {
             library::discard(&dataset).await;
             return Err(error.into());
         }

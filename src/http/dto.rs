@@ -9,7 +9,7 @@ use sha2::{Digest as _, Sha256};
 use utoipa::ToSchema;
 
 use super::error::{ApiError, ApiResult, Code};
-use crate::domain::{DatasetId, JobId, ModelId};
+use crate::domain::{DatasetId, JobId, KeyId, MessageId, ModelId, WebhookId};
 
 /// A list, or one page of it.
 #[derive(Debug, Serialize, ToSchema)]
@@ -67,6 +67,21 @@ pub(super) fn job_id(text: &str) -> ApiResult<JobId> {
 /// A dataset's id from a path.
 pub(super) fn dataset_id(text: &str) -> ApiResult<DatasetId> {
     id(text, Code::DatasetNotFound, "dataset")
+}
+
+/// A key's id from a path.
+pub(super) fn key_id(text: &str) -> ApiResult<KeyId> {
+    id(text, Code::KeyNotFound, "key")
+}
+
+/// A webhook's id from a path.
+pub(super) fn webhook_id(text: &str) -> ApiResult<WebhookId> {
+    id(text, Code::WebhookNotFound, "webhook")
+}
+
+/// A delivery's id from a path or a cursor.
+pub(super) fn message_id(text: &str) -> ApiResult<MessageId> {
+    id(text, Code::DeliveryNotFound, "delivery")
 }
 
 /// A model's id from a path.

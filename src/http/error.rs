@@ -43,6 +43,14 @@ codes! {
     InvalidQuery = "query.invalid", BAD_REQUEST, "A query parameter is not valid", "";
     InvalidCursor = "cursor.invalid", BAD_REQUEST, "The cursor is not valid", "Use a cursor that the server gave, or none.";
     InvalidHeader = "header.invalid", BAD_REQUEST, "A header is not valid", "";
+    AuthRequired = "auth.required", UNAUTHORIZED, "An API key is needed", "Send `Authorization: Bearer KEY`. `lorad keys create` on the server's machine makes a key.";
+    AuthInvalid = "auth.invalid", UNAUTHORIZED, "The API key is not valid", "It may be mistyped, expired or revoked. `lorad keys list` on the server's machine shows the keys.";
+    ScopeTooSmall = "auth.scope", FORBIDDEN, "The API key may not do this", "Use a key with a larger scope.";
+    KeyNotFound = "key.not_found", NOT_FOUND, "No such key", "`GET /api-keys` lists the keys.";
+    RateLimited = "rate.limited", TOO_MANY_REQUESTS, "Too many requests", "Wait as `Retry-After` says. `RateLimit-Limit` is the number of requests in a minute.";
+    QuotaExceeded = "quota.exceeded", TOO_MANY_REQUESTS, "The key's quota is used up", "Wait until jobs have finished, delete what is not needed any more, or ask an administrator for more.";
+    WebhookNotFound = "webhook.not_found", NOT_FOUND, "No such webhook", "`GET /webhooks` lists the webhooks.";
+    DeliveryNotFound = "delivery.not_found", NOT_FOUND, "No such delivery", "`GET /webhooks/{id}/deliveries` lists them.";
     JobNotFound = "job.not_found", NOT_FOUND, "No such job", "`GET /jobs` lists the jobs.";
     DatasetNotFound = "dataset.not_found", NOT_FOUND, "No such dataset", "`GET /datasets` lists the datasets.";
     ModelNotFound = "model.not_found", NOT_FOUND, "No such model", "`GET /models` lists the models.";
@@ -235,6 +243,16 @@ impl ApiError {
             HeaderValue::from_static("application/problem+json"),
         );
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        // RFC 6750: how to come in, and what was wrong with the try.
+        let challenge = match self.0.code {
+            Code::AuthRequired => Some("Bearer realm=\"lorad\""),
+            Code::AuthInvalid => Some("Bearer realm=\"lorad\", error=\"invalid_token\""),
+            Code::ScopeTooSmall => Some("Bearer realm=\"lorad\", error=\"insufficient_scope\""),
+            _ => None,
+        };
+        if let Some(challenge) = challenge {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
+        }
         if let Some(seconds) = self.0.retry_after_s {
             headers.insert(header::RETRY_AFTER, seconds.into());
         }
@@ -263,6 +281,9 @@ impl From<StoreError> for ApiError {
                     "dataset" => Code::DatasetNotFound,
                     "model" => Code::ModelNotFound,
                     "file" => Code::FileNotFound,
+                    "key" => Code::KeyNotFound,
+                    "webhook" => Code::WebhookNotFound,
+                    "delivery" => Code::DeliveryNotFound,
                     _ => Code::InvalidRequest,
                 };
                 Self::new(code, format!("There is no {what} {id}."))
@@ -271,6 +292,11 @@ impl From<StoreError> for ApiError {
             StoreError::InUse { what, ref id, ref by } => {
                 Self::new(Code::InUse, format!("The {what} {id} is used by {by}."))
             }
+            StoreError::Quota { what, limit, used } => Self::new(
+                Code::QuotaExceeded,
+                format!("The key has {used} {what}; it may have {limit}."),
+            )
+            .with_retry_after(60),
             StoreError::NotAllowed { job, status, action } => Self::new(
                 Code::ActionNotAllowed,
                 format!("{job} is {status}: {action} is not possible."),

@@ -7,7 +7,7 @@ use std::{net::IpAddr, sync::Arc};
 use axum::{
     body::Body,
     extract::{Request, State},
-    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header},
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -16,18 +16,27 @@ use uuid::Uuid;
 use super::error::{ApiError, Code, Unrendered};
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
+const SEC_FETCH_MODE: HeaderName = HeaderName::from_static("sec-fetch-mode");
+const SEC_FETCH_DEST: HeaderName = HeaderName::from_static("sec-fetch-dest");
 /// No script, style or request but to this server; pictures also from memory. Nothing may frame the dashboard.
-const CSP: &str =
-    "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'";
+/// Trusted types without any policy: no script of the page can turn text into markup either.
+const CSP: &str = "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; form-action 'self'; \
+    frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'";
 /// For files: nothing in them may run, even when opened.
 pub(super) const FILE_CSP: &str = "default-src 'none'; sandbox; frame-ancestors 'none'";
 
+/// The request's id; an extension of every request.
+#[derive(Debug, Clone)]
+pub(super) struct RequestId(pub(super) String);
+
 /// Outermost: gives the request an id, renders errors as problem+json, and sets the headers that every answer has.
-pub(super) async fn request_context(request: Request, next: Next) -> Response {
+pub(super) async fn request_context(mut request: Request, next: Next) -> Response {
     let id = format!("req_{}", Uuid::now_v7().simple());
     let method = request.method().clone();
     let path = request.uri().path().to_owned();
     let started = std::time::Instant::now();
+    request.extensions_mut().insert(RequestId(id.clone()));
     let mut response = render(next.run(request).await, &id);
     tracing::debug!(
         request.id = id,
@@ -46,6 +55,10 @@ pub(super) async fn request_context(request: Request, next: Next) -> Response {
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
         (header::X_FRAME_OPTIONS, "DENY"),
         (header::REFERRER_POLICY, "no-referrer"),
+        (
+            HeaderName::from_static("permissions-policy"),
+            "camera=(), geolocation=(), microphone=()",
+        ),
         (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
         (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
     ];
@@ -62,9 +75,13 @@ pub(super) async fn request_context(request: Request, next: Next) -> Response {
 fn render(response: Response, id: &str) -> Response {
     if let Some(Unrendered(error)) = response.extensions().get::<Unrendered>() {
         let mut rendered = error.render(id);
-        // Set by the handler beside the error: the size of the file, for a range outside it.
-        if let Some(range) = response.headers().get(header::CONTENT_RANGE) {
-            rendered.headers_mut().insert(header::CONTENT_RANGE, range.clone());
+        // Set beside the error: the size of the file for a range outside it, what is left of a rate limit.
+        for (name, value) in response
+            .headers()
+            .iter()
+            .filter(|(name, _)| **name != header::CONTENT_LENGTH)
+        {
+            rendered.headers_mut().entry(name).or_insert(value.clone());
         }
         return rendered;
     }
@@ -97,6 +114,12 @@ fn render(response: Response, id: &str) -> Response {
 #[derive(Debug, Clone, Default)]
 pub(super) struct AllowedHosts(pub Arc<Vec<String>>);
 
+impl AllowedHosts {
+    fn has(&self, name: &str) -> bool {
+        self.0.iter().any(|host| host.eq_ignore_ascii_case(name))
+    }
+}
+
 /// Refuses requests whose Host is a name that nobody configured (DNS rebinding). An IP address is always fine: a page
 /// of another site cannot make a browser send one that is not its own.
 pub(super) async fn host_allow_list(State(allowed): State<AllowedHosts>, request: Request, next: Next) -> Response {
@@ -110,8 +133,7 @@ pub(super) async fn host_allow_list(State(allowed): State<AllowedHosts>, request
         .trim_end_matches(']')
         .parse::<IpAddr>()
         .is_ok();
-    let configured = || allowed.0.iter().any(|host| host.eq_ignore_ascii_case(name));
-    if is_ip || name.eq_ignore_ascii_case("localhost") || configured() {
+    if is_ip || name.eq_ignore_ascii_case("localhost") || allowed.has(name) {
         return next.run(request).await;
     }
     let shown: String = name.chars().take(100).collect();
@@ -135,35 +157,48 @@ fn host_name(authority: &str) -> &str {
     }
 }
 
-/// Refuses changes that a page of another site asks for. Clients that are no browsers send neither header and pass.
-pub(super) async fn same_site(request: Request, next: Next) -> Response {
-    if matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS) {
-        return next.run(request).await;
+/// Answers no page of another origin: neither changes nor reads nor streams, which it could not see but would hold open. A
+/// link that opens a page of ours is fine. Clients that are no browsers send neither header and pass.
+pub(super) async fn same_site(State(allowed): State<AllowedHosts>, request: Request, next: Next) -> Response {
+    match foreign(&request, &allowed) {
+        Some(detail) => ApiError::new(Code::OriginNotAllowed, detail).into_response(),
+        None => next.run(request).await,
     }
+}
+
+/// What shows that another origin asks.
+fn foreign(request: &Request, allowed: &AllowedHosts) -> Option<String> {
     let headers = request.headers();
     let text = |name| {
         headers
             .get(name)
             .map(|v: &HeaderValue| v.to_str().unwrap_or("?").to_owned())
     };
-    if let Some(site) = text(HeaderName::from_static("sec-fetch-site"))
+    if let Some(site) = text(SEC_FETCH_SITE)
         && !matches!(site.as_str(), "same-origin" | "none")
     {
-        return ApiError::new(
-            Code::OriginNotAllowed,
-            format!("The browser says that the request is {site}."),
-        )
-        .into_response();
-    }
-    if let Some(origin) = text(header::ORIGIN) {
-        let own = authority(headers, request.uri());
-        let names = origin.split_once("://").map(|(_, rest)| rest.to_ascii_lowercase());
-        if names.is_none() || names != own.map(|o| o.to_ascii_lowercase()) {
-            let shown: String = origin.chars().take(200).collect();
-            return ApiError::new(Code::OriginNotAllowed, format!("The request comes from {shown:?}.")).into_response();
+        let opens_a_page = request.method().is_safe()
+            && text(SEC_FETCH_MODE).as_deref() == Some("navigate")
+            && text(SEC_FETCH_DEST).as_deref() == Some("document");
+        if !opens_a_page {
+            return Some(format!("The browser says that the request is {site}."));
         }
     }
-    next.run(request).await
+    let origin = text(header::ORIGIN)?;
+    let named = origin.split_once("://").map(|(_, rest)| rest.to_ascii_lowercase());
+    let own = authority(headers, request.uri()).map(|own| own.to_ascii_lowercase());
+    // A proxy may put its own name for this server into Host; the public name is then among the allowed ones.
+    let is_ours = named.is_some_and(|named| Some(&named) == own.as_ref() || allowed.has(host_name(&named)));
+    if is_ours {
+        return None;
+    }
+    let shown: String = origin.chars().take(200).collect();
+    Some(format!("The request comes from {shown:?}."))
+}
+
+/// Whether a browser says which page the request comes from; what it says was checked by [`same_site`].
+pub(super) fn names_its_origin(headers: &HeaderMap) -> bool {
+    headers.contains_key(header::ORIGIN) || headers.contains_key(SEC_FETCH_SITE)
 }
 
 /// A panic in a handler: logged by the panic hook, told as `internal`.

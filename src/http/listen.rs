@@ -1,10 +1,10 @@
 //! The accept loop of the public listener, with a time limit on request heads: a client that opens connections and then
 //! says nothing, or says it a byte at a time, must not hold them for ever. Called by `serve`.
 
-use std::{io::ErrorKind, time::Duration};
+use std::{io::ErrorKind, net::SocketAddr, time::Duration};
 
-use axum::Router;
-use hyper::server::conn::http1;
+use axum::{Router, http::Request};
+use hyper::{body::Incoming, server::conn::http1};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     server::graceful::GracefulShutdown,
@@ -12,6 +12,9 @@ use hyper_util::{
 };
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
+use tower::ServiceExt as _;
+
+use super::client::Peer;
 
 /// Serves until `shutdown`, then until every open request is answered.
 pub(crate) async fn run(listener: TcpListener, router: Router, header_timeout: Duration, shutdown: CancellationToken) {
@@ -19,15 +22,19 @@ pub(crate) async fn run(listener: TcpListener, router: Router, header_timeout: D
     builder.timer(TokioTimer::new()).header_read_timeout(header_timeout);
     let open = GracefulShutdown::new();
     loop {
-        let stream = tokio::select! {
+        let (stream, peer) = tokio::select! {
             () = shutdown.cancelled() => break,
-            stream = accept(&listener) => stream,
+            accepted = accept(&listener) => accepted,
         };
         // Event streams send little and want it to arrive at once.
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "a connection keeps its delay");
         }
-        let service = TowerToHyperService::new(router.clone());
+        let service = router.clone().map_request(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(Peer(peer));
+            request
+        });
+        let service = TowerToHyperService::new(service);
         let connection = open.watch(builder.serve_connection(TokioIo::new(stream), service));
         tokio::spawn(async move {
             if let Err(error) = connection.await {
@@ -39,10 +46,10 @@ pub(crate) async fn run(listener: TcpListener, router: Router, header_timeout: D
     open.shutdown().await;
 }
 
-async fn accept(listener: &TcpListener) -> TcpStream {
+async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => return stream,
+            Ok(accepted) => return accepted,
             // The client was gone before it was answered: its own affair.
             Err(error)
                 if matches!(

@@ -3,8 +3,12 @@
 //! Handlers stand with their DTOs in one file per resource and convert between three sets of types: wire (here), domain,
 //! and the worker protocol. They hold an [`App`] and know neither SQL nor the trainer's insides.
 
+mod access;
+mod api_keys;
 mod assets;
+mod audit;
 mod body;
+mod client;
 mod datasets;
 mod dto;
 pub mod error;
@@ -14,11 +18,14 @@ mod guard;
 mod health;
 mod init_from;
 mod jobs;
+mod limiter;
 pub(crate) mod listen;
 mod metrics;
 mod models;
+mod session;
 mod sse;
 mod submit;
+mod webhooks;
 
 use std::{
     sync::{Arc, atomic::AtomicU64},
@@ -45,6 +52,8 @@ use error::{ApiError, Code};
         (name = "results", description = "What a job leaves behind: metrics, logs, samples, files."),
         (name = "datasets", description = "Pictures with captions."),
         (name = "models", description = "Base models and model families."),
+        (name = "access", description = "API keys, sessions, the audit log. Without a key the server is open; the first one locks it."),
+        (name = "webhooks", description = "Outward calls about jobs, signed as Standard Webhooks says."),
         (name = "server", description = "Health, versions, figures."),
     ),
     components(schemas(error::ProblemDto, error::FieldErrorDto))
@@ -82,6 +91,26 @@ fn resources() -> OpenApiRouter<App> {
         .routes(routes!(models::get_model, models::delete_model))
         .routes(routes!(families::list_families))
         .routes(routes!(families::family_schema))
+        // access
+        .routes(routes!(
+            session::get_session,
+            session::create_session,
+            session::delete_session
+        ))
+        .routes(routes!(api_keys::list_keys, api_keys::create_key))
+        .routes(routes!(api_keys::get_key, api_keys::patch_key, api_keys::revoke_key))
+        .routes(routes!(audit::list_audit))
+        // webhooks
+        .routes(routes!(webhooks::list_webhooks, webhooks::create_webhook))
+        .routes(routes!(
+            webhooks::get_webhook,
+            webhooks::patch_webhook,
+            webhooks::delete_webhook
+        ))
+        .routes(routes!(webhooks::test_webhook))
+        .routes(routes!(webhooks::webhook_deliveries))
+        .routes(routes!(webhooks::redeliver))
+        .routes(routes!(webhooks::job_webhook))
         // server
         .routes(routes!(health::livez))
         .routes(routes!(health::readyz))
@@ -104,6 +133,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
     let mut document = Api::openapi();
     document.merge(resources().into_openapi());
     document.merge(long_lived().into_openapi());
+    access::document(&mut document);
     document
 }
 
@@ -123,6 +153,7 @@ pub fn router(app: App) -> Router {
     let timeout = Duration::from_millis(server.request_timeout_ms);
     let hosts = guard::AllowedHosts(Arc::new(server.allowed_hosts.clone()));
     let figures = Arc::new(HttpFigures::default());
+    let access = access::Access::new(app.clone());
     let short = Router::from(resources()).layer(TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, timeout));
     let upload_limit = usize::try_from(app.config.limits.upload_bytes).unwrap_or(usize::MAX);
     let long = Router::from(long_lived()).layer(DefaultBodyLimit::max(upload_limit));
@@ -134,12 +165,14 @@ pub fn router(app: App) -> Router {
         .method_not_allowed_fallback(async || {
             ApiError::new(Code::MethodNotAllowed, "The address exists, the method does not.")
         })
-        .layer(middleware::from_fn(guard::same_site))
+        .layer(middleware::from_fn_with_state(Arc::clone(&access), access::authorize))
+        .layer(middleware::from_fn_with_state(hosts.clone(), guard::same_site))
         .layer(middleware::from_fn_with_state(hosts, guard::host_allow_list))
         .layer(CatchPanicLayer::custom(guard::panicked))
         .layer(middleware::from_fn_with_state(Arc::clone(&figures), health::count))
         .layer(middleware::from_fn(guard::request_context))
         .layer(Extension(figures))
+        .layer(Extension(access))
         .with_state(app)
 }
 

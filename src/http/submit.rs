@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use axum::{
-    Json,
+    Extension, Json,
     body::Body,
     extract::{FromRequest as _, Multipart, Path, Query, Request, State},
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
@@ -20,16 +20,18 @@ use sha2::{Digest as _, Sha256};
 use utoipa::{IntoParams, ToSchema};
 
 use super::{
+    access::Caller,
     body::{self, Fields, Upload},
     datasets,
     dto::job_id,
     error::{ApiError, ApiResult, Code, ProblemDto},
     init_from::{self, InitFromDto},
     jobs::{DatasetRefDto, ExportDto, JobDto, PlanDto, SamplingDto, notes},
+    webhooks::{self, WebhookRequestDto},
 };
 use crate::{
     app::App,
-    domain::{Action, Dataset, Job, JobId, JobStatus, Model, ModelId, ModelKind, NewJob},
+    domain::{Action, Dataset, Job, JobId, JobStatus, KeyId, Model, ModelId, ModelKind, NewJob},
     ingest::library,
     store::{Begin, IdempotencyKey, StoreError, StoredAnswer},
 };
@@ -63,6 +65,8 @@ pub(super) struct JobRequestDto {
     pub notes: Option<String>,
     /// -1000 to 1000; higher starts first.
     pub priority: Option<i64>,
+    /// Who is told what becomes of the job; see also `POST /webhooks`.
+    pub webhook: Option<WebhookRequestDto>,
 }
 
 /// A job and its dataset in one request.
@@ -122,11 +126,12 @@ pub(super) struct SubmitQuery {
         (status = 507, body = ProblemDto, description = "the disk has no room for the archive")))]
 pub(super) async fn create_job(
     State(app): State<App>,
+    Extension(caller): Extension<Caller>,
     Query(query): Query<SubmitQuery>,
     request: Request,
 ) -> ApiResult<Response> {
     let headers = request.headers().clone();
-    let incoming = if body::media_type(&headers) == "multipart/form-data" {
+    let mut incoming = if body::media_type(&headers) == "multipart/form-data" {
         read_form(&app, request).await?
     } else {
         body::require_json(&headers)?;
@@ -136,10 +141,12 @@ pub(super) async fn create_job(
             request: body::parse(&bytes)?,
             sha256: hex::encode(Sha256::digest(&bytes)),
             upload: None,
+            owner: None,
         }
     };
+    incoming.owner = caller.owner();
     let dry_run = query.dry_run.unwrap_or(false);
-    let key = idempotency_key(&headers, &incoming.sha256)?.filter(|_| !dry_run);
+    let key = idempotency_key(&headers, &incoming)?.filter(|_| !dry_run);
     // In a task of its own: a client that hangs up must not leave a half-done key or dataset behind.
     let work = tokio::spawn(async move {
         match key {
@@ -155,6 +162,8 @@ struct Incoming {
     /// Of all that makes the request what it is.
     sha256: String,
     upload: Option<Upload>,
+    /// Whose job it will be.
+    owner: Option<KeyId>,
 }
 
 async fn read_form(app: &App, request: Request) -> ApiResult<Incoming> {
@@ -186,18 +195,22 @@ async fn read_form(app: &App, request: Request) -> ApiResult<Incoming> {
         request: body::parse(&job)?,
         sha256: hex::encode(sha256.finalize()),
         upload,
+        owner: None,
     })
 }
 
-fn idempotency_key(headers: &HeaderMap, sha256: &str) -> ApiResult<Option<IdempotencyKey>> {
+fn idempotency_key(headers: &HeaderMap, incoming: &Incoming) -> ApiResult<Option<IdempotencyKey>> {
     let Some(value) = headers.get(IDEMPOTENCY_KEY) else {
         return Ok(None);
     };
     match value.to_str() {
         Ok(key) if (1..=255).contains(&key.len()) => Ok(Some(IdempotencyKey {
             key: key.to_owned(),
-            scope: "POST /jobs".to_owned(),
-            body_sha256: sha256.to_owned(),
+            // Nobody gets the answer to another key's request.
+            scope: incoming
+                .owner
+                .map_or("POST /jobs".to_owned(), |owner| format!("POST /jobs {owner}")),
+            body_sha256: incoming.sha256.clone(),
         })),
         _ => Err(ApiError::new(
             Code::InvalidHeader,
@@ -269,12 +282,15 @@ async fn submit(
             }
         },
     };
+    let owner = incoming.owner;
     let source = uploaded.as_ref().map_or(DatasetOf::Request, DatasetOf::Upload);
     let outcome = match check(app, incoming.request, source, parent).await {
         Ok(Checked::Complete(draft)) if dry_run => Ok(Json(draft.dry_run()).into_response()),
-        Ok(Checked::Complete(draft)) => store(app, &draft, uploaded.is_some(), key)
-            .await
-            .map(|job| stored_answer(&job)),
+        Ok(Checked::Complete(mut draft)) => {
+            draft.new.owner = owner;
+            let job = store(app, &draft, uploaded.is_some(), key).await;
+            job.map(|job| stored_answer(&job))
+        }
         Ok(Checked::WithoutDataset) => Err(ApiError::internal("a request without dataset passed its checks")),
         Err(error) => Err(error),
     };
@@ -335,7 +351,7 @@ async fn store(app: &App, draft: &Draft, is_new: bool, key: Option<&IdempotencyK
         return Err(ApiError::new(Code::QueueFull, detail).with_retry_after(60));
     }
     if is_new {
-        app.store.insert_dataset(&draft.dataset).await?;
+        app.store.insert_dataset_of(&draft.dataset, draft.new.owner).await?;
     }
     let ahead = app.store.queue().await?;
     let position = 1 + ahead.iter().filter(|job| job.priority >= draft.new.priority).count();
@@ -395,10 +411,12 @@ async fn check(app: &App, request: Value, dataset: DatasetOf<'_>, parent: Option
     let tags = fields.labels("tags", 32, 64).unwrap_or_default();
     let notes = notes(&mut fields).unwrap_or_default();
     let priority = fields.integer("priority", -1000..=1000).unwrap_or(0);
+    let webhook = fields.object("webhook");
     fields.finish();
     let sampling = sampling_of(sampling.unwrap_or_default(), &mut errors);
     let export = export_of(export.unwrap_or_default(), &mut errors);
     let init_from = init_from::find(app, init_from, &mut errors).await?;
+    let webhook = webhooks::of_job(app, webhook, &mut errors)?;
     let hyperparameters =
         model.as_ref().and_then(
             |model| match app.catalog.resolve(&model.info.family, &model.info, &given) {
@@ -445,6 +463,8 @@ async fn check(app: &App, request: Value, dataset: DatasetOf<'_>, parent: Option
         sampling,
         export,
         plan,
+        owner: None,
+        webhook,
     };
     Ok(Checked::Complete(Box::new(Draft { new, dataset })))
 }
@@ -562,8 +582,12 @@ fn export_of(object: Map<String, Value>, errors: &mut Vec<FieldError>) -> Export
 /// Submits the same job again, after it failed or was cancelled.
 #[utoipa::path(post, path = "/jobs/{id}/retry", tag = "jobs", params(("id" = String, Path)), responses(
     (status = 201, body = JobDto, headers(("Location" = String))), (status = 404, body = ProblemDto), (status = 409, body = ProblemDto)))]
-pub(super) async fn retry_job(State(app): State<App>, Path(id): Path<String>) -> ApiResult<Response> {
-    again(&app, &id, Action::Retry, Value::Object(Map::new())).await
+pub(super) async fn retry_job(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    Path(id): Path<String>,
+) -> ApiResult<Response> {
+    again(&app, &caller, &id, Action::Retry, Value::Object(Map::new())).await
 }
 
 /// What to change in the copy.
@@ -580,6 +604,7 @@ pub(super) struct CloneDto {
     (status = 201, body = JobDto, headers(("Location" = String))), (status = 404, body = ProblemDto), (status = 422, body = ProblemDto)))]
 pub(super) async fn clone_job(
     State(app): State<App>,
+    Extension(caller): Extension<Caller>,
     Path(id): Path<String>,
     headers: HeaderMap,
     body: Body,
@@ -592,10 +617,10 @@ pub(super) async fn clone_job(
     if !errors.is_empty() {
         return Err(ApiError::fields(errors));
     }
-    again(&app, &id, Action::Clone, Value::Object(overrides)).await
+    again(&app, &caller, &id, Action::Clone, Value::Object(overrides)).await
 }
 
-async fn again(app: &App, id: &str, action: Action, overrides: Value) -> ApiResult<Response> {
+async fn again(app: &App, caller: &Caller, id: &str, action: Action, overrides: Value) -> ApiResult<Response> {
     let job = app.store.job(job_id(id)?).await?;
     if !job.status.actions().contains(&action) {
         return Err(StoreError::NotAllowed {
@@ -611,6 +636,7 @@ async fn again(app: &App, id: &str, action: Action, overrides: Value) -> ApiResu
         request,
         sha256: String::new(),
         upload: None,
+        owner: caller.owner(),
     };
     submit(app, incoming, false, None, Some(job.id)).await
 }

@@ -191,6 +191,8 @@ impl World {
                 memory_bytes: 1,
                 warnings: Vec::new(),
             },
+            owner: None,
+            webhook: None,
         };
         self.app.create_job(&new, None).await.unwrap()
     }

@@ -100,6 +100,8 @@ impl Store {
                  SELECT id FROM jobs AS waiting
                  WHERE status = 'queued' AND not_before_ms <= ? AND desired IN ('run', 'cancel_save')
                      AND NOT EXISTS (SELECT 1 FROM job_attempts WHERE ended_at_ms IS NULL AND (job_id = waiting.id OR device = ?))
+                     AND NOT EXISTS (SELECT 1 FROM api_keys WHERE id = waiting.key_id AND max_running_jobs <= (
+                         SELECT count(*) FROM jobs WHERE key_id = api_keys.id AND status IN ('preparing', 'running', 'saving')))
                  ORDER BY priority DESC, id LIMIT 1)
              RETURNING *",
         )

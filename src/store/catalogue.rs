@@ -3,7 +3,7 @@
 use lorad_faults::Point;
 use sqlx::Row;
 
-use super::{Result, Store, StoreError, Tx, query, rows};
+use super::{Result, Store, StoreError, Tx, commit, query, rows};
 use crate::domain::{Artifact, ArtifactKind, Dataset, DatasetId, JobId, JobSample, Model, ModelId, now_ms};
 
 /// A file that was published and is to be recorded.
@@ -36,23 +36,11 @@ impl Store {
     /// # Errors
     /// If the database fails.
     pub async fn insert_dataset(&self, dataset: &Dataset) -> Result<()> {
-        self.write(Point::InsertDataset, sqlx::query(
-            "INSERT INTO datasets (id, name, modality, path, n_items, bytes, sha256, builtin, report, created_at_ms)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        )
-        .bind(dataset.id.to_string())
-        .bind(&dataset.name)
-        .bind(&dataset.modality)
-        .bind(dataset.path.to_string_lossy().into_owned())
-        .bind(dataset.n_items)
-        .bind(rows::int(dataset.bytes))
-        .bind(&dataset.sha256)
-        .bind(dataset.builtin)
-        .bind(rows::text("report", &dataset.report)?)
-        .bind(dataset.created_at_ms))
-        .await
-        .map_err(query("insert a dataset"))?;
-        Ok(())
+        let mut tx = self.begin().await?;
+        insert(&mut tx, dataset).await?;
+        commit(tx, Point::InsertDataset)
+            .await
+            .map_err(query("insert a dataset"))
     }
 
     /// One dataset.
@@ -244,6 +232,28 @@ impl Store {
             .map_err(query("add up files"))?;
         Ok(row.get::<i64, _>(0).cast_unsigned())
     }
+}
+
+/// Stores a dataset within a transaction.
+pub(super) async fn insert(tx: &mut Tx, dataset: &Dataset) -> Result<()> {
+    sqlx::query(
+        "INSERT INTO datasets (id, name, modality, path, n_items, bytes, sha256, builtin, report, created_at_ms)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    )
+    .bind(dataset.id.to_string())
+    .bind(&dataset.name)
+    .bind(&dataset.modality)
+    .bind(dataset.path.to_string_lossy().into_owned())
+    .bind(dataset.n_items)
+    .bind(rows::int(dataset.bytes))
+    .bind(&dataset.sha256)
+    .bind(dataset.builtin)
+    .bind(rows::text("report", &dataset.report)?)
+    .bind(dataset.created_at_ms)
+    .execute(&mut **tx)
+    .await
+    .map_err(query("insert a dataset"))?;
+    Ok(())
 }
 
 fn deleted_or(what: &'static str, id: &str, result: sqlx::Result<sqlx::sqlite::SqliteQueryResult>) -> Result<()> {

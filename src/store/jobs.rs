@@ -5,12 +5,13 @@ use serde_json::json;
 use sqlx::{QueryBuilder, Row, Sqlite};
 
 use super::{
-    Result, Store, StoreError, Tx, commit,
+    Result, Store, StoreError, Tx, access, commit,
     idempotency::{self, IdempotencyKey, StoredAnswer},
-    query, rows,
+    outbox, query, rows,
 };
 use crate::domain::{
-    Action, CancelMode, Change, Desired, EventKind, Job, JobEvent, JobId, JobPatch, JobStatus, NewJob, now_ms,
+    Action, CancelMode, Change, Desired, EventKind, Job, JobEvent, JobId, JobPatch, JobStatus, NewJob, WebhookEvent,
+    now_ms,
 };
 
 /// Which jobs to list.
@@ -82,9 +83,16 @@ impl Store {
             }
             Err(source) => return Err(query("insert a job")(source)),
         }
+        if let Some(owner) = new.owner {
+            access::own_job(&mut tx, new.id, owner).await?;
+        }
         let data = json!({"from": null, "to": JobStatus::Queued, "reason": "posted", "attempt": 0});
         append(&mut tx, new.id, EventKind::Status, now, 0, data).await?;
         let job = load(&mut tx, new.id).await?;
+        if let Some(webhook) = &new.webhook {
+            outbox::insert(&mut tx, webhook, Some(job.id)).await?;
+        }
+        outbox::emit(&mut tx, &job, WebhookEvent::Created, &json!({"reason": "posted"}), now).await?;
         if let Some((key, answer)) = idempotency {
             idempotency::finish(&mut tx, key, &answer(&job)).await?;
         }
@@ -398,7 +406,7 @@ async fn move_to(tx: &mut Tx, job: &mut Job, change: Change, reason: &str, error
          WHERE id = ? AND status = ?",
     )
     .bind(to.as_str())
-    .bind(error)
+    .bind(error.as_deref())
     .bind(to.is_final().then_some(now))
     .bind(leaves_worker)
     .bind(leaves_worker)
@@ -409,8 +417,8 @@ async fn move_to(tx: &mut Tx, job: &mut Job, change: Change, reason: &str, error
     .map_err(query("change a job's status"))?;
     let data = json!({"from": job.status, "to": to, "reason": reason, "attempt": job.attempt});
     append(tx, job.id, EventKind::Status, now, job.attempt, data).await?;
-    job.status = to;
-    Ok(())
+    let from = std::mem::replace(&mut job.status, to);
+    outbox::emit_status(tx, job, from, reason, error.as_deref(), now).await
 }
 
 /// Appends an event under the job's next number.

@@ -4,16 +4,23 @@
 //! the events which viewers see. Knows no HTTP, no processes and no trainer. Callers: `app` (requests), `scheduler`
 //! (claims, exits), `agent_api` (worker events), `http` (reads), `ingest` (datasets).
 
+mod access;
 mod attempts;
+mod audit;
 mod catalogue;
 mod events;
 mod idempotency;
 mod ingest;
 mod jobs;
+mod outbox;
 mod rows;
 mod upkeep;
 
-use std::{path::Path, time::Duration};
+use std::{
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
+    path::Path,
+    time::Duration,
+};
 
 use lorad_faults::{Moment, Point, pass};
 use sqlx::{
@@ -113,6 +120,16 @@ pub enum StoreError {
         /// What needs it.
         by: String,
     },
+    /// The key that asks has used up what it may.
+    #[error("{used} {what} of {limit} are used")]
+    Quota {
+        /// Of what: `waiting jobs`, `bytes of datasets`.
+        what: &'static str,
+        /// How much it may have.
+        limit: u64,
+        /// How much it has.
+        used: u64,
+    },
     /// The job's state does not allow the action; [`JobStatus::actions`] lists what it does.
     #[error("{job} is {status}: {action} is not possible")]
     NotAllowed {
@@ -193,6 +210,7 @@ impl Store {
             path: file.display().to_string(),
             source,
         };
+        keep_private(file).map_err(|source| at(source.into()))?;
         let options = SqliteConnectOptions::new()
             .filename(file)
             .create_if_missing(true)
@@ -328,6 +346,19 @@ impl Store {
         }
         self.writer.close().await;
     }
+}
+
+/// The database holds the secrets that sign webhooks: it is its owner's alone. SQLite gives the log beside it the same mode.
+fn keep_private(file: &Path) -> std::io::Result<()> {
+    let file = std::fs::File::options()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(file)?;
+    if file.metadata()?.permissions().mode() & 0o077 != 0 {
+        file.set_permissions(std::fs::Permissions::from_mode(0o600))?;
+    }
+    Ok(())
 }
 
 fn is_at_least(version: &str, minimum: [u32; 3]) -> bool {

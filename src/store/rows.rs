@@ -7,8 +7,8 @@ use sqlx::{Row, sqlite::SqliteRow};
 
 use super::{Result, StoreError, query};
 use crate::domain::{
-    Artifact, ArtifactKind, Checkpoint, Dataset, Desired, EventKind, Job, JobEvent, JobSample, JobStatus, MetricRow,
-    Model, ModelKind,
+    ApiKey, Artifact, ArtifactKind, AuditEntry, Checkpoint, Dataset, Delivery, DeliveryAttempt, DeliveryStatus,
+    Desired, EventKind, Job, JobEvent, JobSample, JobStatus, MetricRow, Model, ModelKind, Quota, Scope, Webhook,
 };
 
 fn corrupt(column: &'static str, found: &dyn ToString) -> StoreError {
@@ -39,6 +39,13 @@ fn json_opt<T: DeserializeOwned>(row: &SqliteRow, name: &'static str) -> Result<
 pub(super) fn unsigned<T: TryFrom<i64>>(row: &SqliteRow, name: &'static str) -> Result<T> {
     let value: i64 = column(row, name)?;
     T::try_from(value).map_err(|_| corrupt(name, &value))
+}
+
+pub(super) fn unsigned_opt<T: TryFrom<i64>>(row: &SqliteRow, name: &'static str) -> Result<Option<T>> {
+    let value: Option<i64> = column(row, name)?;
+    value
+        .map(|value| T::try_from(value).map_err(|_| corrupt(name, &value)))
+        .transpose()
 }
 
 fn parsed<T: FromStr>(row: &SqliteRow, name: &'static str) -> Result<T> {
@@ -186,6 +193,86 @@ pub(super) fn model(row: &SqliteRow) -> Result<Model> {
         builtin: column(row, "builtin")?,
         info: json(row, "info")?,
         created_at_ms: column(row, "created_at_ms")?,
+    })
+}
+
+pub(super) fn api_key(row: &SqliteRow) -> Result<ApiKey> {
+    Ok(ApiKey {
+        id: parsed(row, "id")?,
+        name: column(row, "name")?,
+        scope: spelled(row, "scope", Scope::parse)?,
+        prefix: column(row, "prefix")?,
+        quota: Quota {
+            requests_per_minute: unsigned_opt(row, "max_requests_per_minute")?,
+            queued_jobs: unsigned_opt(row, "max_queued_jobs")?,
+            running_jobs: unsigned_opt(row, "max_running_jobs")?,
+            dataset_bytes: unsigned_opt(row, "max_dataset_bytes")?,
+        },
+        created_at_ms: column(row, "created_at_ms")?,
+        expires_at_ms: column(row, "expires_at_ms")?,
+        revoked_at_ms: column(row, "revoked_at_ms")?,
+        last_used_at_ms: column(row, "last_used_at_ms")?,
+    })
+}
+
+pub(super) fn webhook(row: &SqliteRow) -> Result<Webhook> {
+    let job: Option<String> = column(row, "job_id")?;
+    Ok(Webhook {
+        id: parsed(row, "id")?,
+        job_id: job
+            .map(|id| id.parse().map_err(|_| corrupt("job_id", &id)))
+            .transpose()?,
+        url: column(row, "url")?,
+        events: json(row, "events")?,
+        secret: column(row, "secret")?,
+        description: column(row, "description")?,
+        enabled: column(row, "enabled")?,
+        disabled_reason: column(row, "disabled_reason")?,
+        failing_since_ms: column(row, "failing_since_ms")?,
+        created_at_ms: column(row, "created_at_ms")?,
+    })
+}
+
+/// Without its attempts, which are rows of their own.
+pub(super) fn delivery(row: &SqliteRow) -> Result<Delivery> {
+    Ok(Delivery {
+        id: parsed(row, "id")?,
+        webhook_id: parsed(row, "webhook_id")?,
+        event: column(row, "event")?,
+        payload: column(row, "payload")?,
+        status: spelled(row, "status", DeliveryStatus::parse)?,
+        tries: unsigned(row, "tries")?,
+        next_attempt_ms: column(row, "next_attempt_ms")?,
+        created_at_ms: column(row, "created_at_ms")?,
+        attempts: Vec::new(),
+    })
+}
+
+pub(super) fn delivery_attempt(row: &SqliteRow) -> Result<DeliveryAttempt> {
+    Ok(DeliveryAttempt {
+        t_ms: column(row, "t_ms")?,
+        duration_ms: unsigned(row, "duration_ms")?,
+        http_status: unsigned_opt(row, "http_status")?,
+        error: column(row, "error")?,
+    })
+}
+
+pub(super) fn audit_entry(row: &SqliteRow) -> Result<AuditEntry> {
+    let id: Option<String> = column(row, "key_id")?;
+    let name: Option<String> = column(row, "key_name")?;
+    let id = id
+        .map(|id| id.parse().map_err(|_| corrupt("key_id", &id)))
+        .transpose()?;
+    Ok(AuditEntry {
+        id: column(row, "id")?,
+        t_ms: column(row, "t_ms")?,
+        key: id.zip(name),
+        address: column(row, "address")?,
+        method: column(row, "method")?,
+        path: column(row, "path")?,
+        object: column(row, "object")?,
+        status: unsigned(row, "status")?,
+        request_id: column(row, "request_id")?,
     })
 }
 

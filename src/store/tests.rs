@@ -103,6 +103,8 @@ impl Fixture {
                 memory_bytes: 6,
                 warnings: Vec::new(),
             },
+            owner: None,
+            webhook: None,
         }
     }
 

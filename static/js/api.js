@@ -28,6 +28,9 @@ async function failure(response) {
   });
 }
 
+/** Heard by the shell, which then asks for a key. A key that is wrong at signing in is that page's own affair. */
+const refused = (status, path) => status === 401 && path !== "session" && window.dispatchEvent(new Event("lorad:signin"));
+
 const unreachable = (cause) =>
   new ApiError({
     status: 0,
@@ -56,7 +59,10 @@ export async function request(method, path, { json, body, headers = {}, signal }
     if (cause?.name === "AbortError") throw cause;
     throw unreachable(cause);
   }
-  if (!response.ok) throw await failure(response);
+  if (!response.ok) {
+    refused(response.status, path);
+    throw await failure(response);
+  }
   if (response.status === 204) return null;
   const type = response.headers.get("content-type") ?? "";
   return type.includes("json") ? response.json() : response.text();
@@ -95,6 +101,20 @@ export const api = {
   deleteModel: (id) => request("DELETE", at("models", id)),
   families: () => request("GET", "families"),
   schema: (id) => request("GET", `${at("families", id)}/schema`),
+  session: () => request("GET", "session"),
+  signIn: (key) => request("POST", "session", { json: { key } }),
+  signOut: () => request("DELETE", "session"),
+  keys: () => request("GET", "api-keys"),
+  createKey: (key) => request("POST", "api-keys", { json: key }),
+  revokeKey: (id) => request("DELETE", at("api-keys", id)),
+  webhooks: () => request("GET", "webhooks"),
+  createWebhook: (webhook) => request("POST", "webhooks", { json: webhook }),
+  updateWebhook: (id, patch) => request("PATCH", at("webhooks", id), { json: patch }),
+  deleteWebhook: (id) => request("DELETE", at("webhooks", id)),
+  testWebhook: (id) => request("POST", `${at("webhooks", id)}/test`, { json: {} }),
+  deliveries: (id) => request("GET", `${at("webhooks", id)}/deliveries`),
+  redeliver: (id, delivery) => request("POST", `${at("webhooks", id, "deliveries", delivery)}/redeliver`, { json: {} }),
+  audit: (after, limit) => request("GET", `audit${query({ after, limit })}`),
   system: () => request("GET", "system"),
   version: () => request("GET", "version"),
 };
@@ -122,6 +142,7 @@ export function uploadDataset(file, name, onProgress) {
       } catch {
         // handled below by the status
       }
+      refused(xhr.status, "datasets");
       if (xhr.status >= 200 && xhr.status < 300 && answer) resolve(answer);
       else
         reject(

@@ -10,6 +10,7 @@ import { JobPage } from "./pages/job.js";
 import { JobsPage } from "./pages/jobs.js";
 import { ModelsPage } from "./pages/models.js";
 import { NewJobPage } from "./pages/new.js";
+import { SignInPage } from "./pages/signin.js";
 import { SystemPage } from "./pages/system.js";
 
 /** `#/jobs/x?tab=log` -> `{parts: ["jobs", "x"], query}`. */
@@ -31,7 +32,7 @@ function useRoute() {
   return route;
 }
 
-function page({ parts: [head, id], query }) {
+function page({ parts: [head, id], query }, access) {
   switch (head) {
     case undefined:
       return html`<${JobsPage} query=${query} />`;
@@ -44,17 +45,17 @@ function page({ parts: [head, id], query }) {
     case "models":
       return html`<${ModelsPage} />`;
     case "system":
-      return html`<${SystemPage} />`;
+      return html`<${SystemPage} ...${access} />`;
     default:
       return html`<div class="page"><${Empty} icon="search" title=${t("There is no such page")}><p><a href="#/">${t("Go to the jobs")}</a></p></${Empty}></div>`;
   }
 }
 
-function Guarded({ route }) {
+function Guarded({ route, access }) {
   const [error, reset] = useErrorBoundary((e) => console.error(e));
   useEffect(() => error && reset(), [route]);
   if (error) return html`<div class="page"><${Problem} error=${{ title: t("This page broke"), detail: String(error.message ?? error), hint: t("Reload it; if it happens again, please report it.") }} retry=${() => location.reload()} /></div>`;
-  return page(route);
+  return page(route, access);
 }
 
 const NAV = [
@@ -64,7 +65,31 @@ const NAV = [
   { href: "#/system", heads: ["system"], icon: "system", label: "System" },
 ];
 
-function Shell() {
+/** The key that this browser is signed in with, and the way out. */
+function Who({ session, onChange }) {
+  const key = session?.key;
+  if (!key) return null;
+  const out = async () => {
+    await api.signOut();
+    onChange();
+  };
+  return html`<div class="who"><span class="grow clip" title=${`${key.name}, ${key.scope}`}><strong>${key.name}</strong> <span class="muted">${key.scope}</span></span>
+    <button type="button" class="btn ghost tiny square" onClick=${out} aria-label=${t("Sign out")} title=${t("Sign out")}><${Icon} name="out" /></button></div>`;
+}
+
+/** The sign-in page while a key is needed, else the dashboard. */
+function App() {
+  const session = useResource(() => api.session(), []);
+  useEffect(() => {
+    addEventListener("lorad:signin", session.reload);
+    return () => removeEventListener("lorad:signin", session.reload);
+  }, []);
+  if (session.data?.locked && !session.data.key) return html`<${SignInPage} onDone=${session.reload} />`;
+  // A server that does not answer is told by the pages themselves.
+  return session.data || session.error ? html`<${Shell} session=${session.data} onSession=${session.reload} />` : null;
+}
+
+function Shell({ session, onSession }) {
   const route = useRoute();
   const theme = useTheme();
   const head = route.parts[0];
@@ -82,15 +107,16 @@ function Shell() {
             ${n.icon === "jobs" && running > 0 && html`<span class="count" title=${t("running now")}>${running}</span>`}</a>`)}
         </nav>
         <div class="rail-foot">
+          <${Who} session=${session} onChange=${onSession} />
           <button type="button" class="btn ghost" onClick=${() => window.loradTheme.set(theme === "dark" ? "light" : "dark")} aria-label=${theme === "dark" ? t("Use the light theme") : t("Use the dark theme")}>
             <${Icon} name=${theme === "dark" ? "sun" : "moon"} /><span class="text">${theme === "dark" ? t("Light") : t("Dark")}</span></button>
           <p class="version num">${version.data ? `lorad ${version.data.version ?? ""}` : version.error ? t("server not reachable") : ""}</p>
         </div>
       </header>
-      <main class="main" id="main" tabindex="-1"><${Guarded} route=${route} /></main>
+      <main class="main" id="main" tabindex="-1"><${Guarded} route=${route} access=${{ session, onSession }} /></main>
     </div>
     <${Toasts} />
   </${Fragment}>`;
 }
 
-render(html`<${Shell} />`, document.getElementById("app"));
+render(html`<${App} />`, document.getElementById("app"));

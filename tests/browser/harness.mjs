@@ -10,7 +10,7 @@ import { fileURLToPath } from "node:url";
 
 const HERE = path.dirname(fileURLToPath(import.meta.url));
 export const ROOT = path.resolve(HERE, "../..");
-const BIN = path.resolve(process.env.LORAD_BIN ?? path.join(ROOT, "target/release/lorad"));
+export const BIN = path.resolve(process.env.LORAD_BIN ?? path.join(ROOT, "target/release/lorad"));
 const CHROMIUM = process.env.LORAD_CHROMIUM ?? "/usr/bin/chromium";
 
 /** Where screenshots go: LORAD_SHOTS, or a folder under the system's temporary one. */
@@ -53,8 +53,10 @@ const freePort = () =>
 
 /** A lorad server of its own. */
 export class Server {
-  static async start() {
+  /** @param {Record<string, string>} env settings, `LORAD_…` */
+  static async start(env = {}) {
     const server = new Server();
+    server.env = { ...process.env, ...env };
     server.dir = mkdtempSync(path.join(tmpdir(), "lorad-browser-"));
     server.port = await freePort();
     server.url = `http://127.0.0.1:${server.port}/`;
@@ -63,7 +65,7 @@ export class Server {
   }
   async up() {
     this.output = "";
-    this.child = spawn(BIN, ["serve", "--bind", `127.0.0.1:${this.port}`, "--data-dir", this.dir], { stdio: ["ignore", "pipe", "pipe"] });
+    this.child = spawn(BIN, ["serve", "--bind", `127.0.0.1:${this.port}`, "--data-dir", this.dir], { env: this.env, stdio: ["ignore", "pipe", "pipe"] });
     const child = this.child;
     for (const stream of [child.stdout, child.stderr]) stream.on("data", (d) => (this.output = (this.output + d).slice(-20_000)));
     child.ended = new Promise((done) => child.on("exit", done));
@@ -87,13 +89,17 @@ export class Server {
     await this.down();
     rmSync(this.dir, { recursive: true, force: true, maxRetries: 5 });
   }
+  /** What the tests' own requests carry; set `key` once the server is locked. */
+  get headers() {
+    return this.key ? { authorization: `Bearer ${this.key}` } : {};
+  }
   async json(address) {
-    const response = await fetch(this.url + address);
+    const response = await fetch(this.url + address, { headers: this.headers });
     assert.ok(response.ok, `GET ${address}: ${response.status} ${response.ok ? "" : await response.text()}`);
     return response.json();
   }
   async post(address, body) {
-    const response = await fetch(this.url + address, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
+    const response = await fetch(this.url + address, { method: "POST", headers: { ...this.headers, "content-type": "application/json" }, body: JSON.stringify(body) });
     const text = await response.text();
     assert.ok(response.ok, `POST ${address}: ${response.status} ${text}`);
     return text ? JSON.parse(text) : null;
@@ -103,7 +109,7 @@ export class Server {
     const form = new FormData();
     form.append("name", name);
     form.append("file", new Blob([bytes], { type: "application/zip" }), `${name}.zip`);
-    const response = await fetch(`${this.url}datasets`, { method: "POST", body: form });
+    const response = await fetch(`${this.url}datasets`, { method: "POST", headers: this.headers, body: form });
     const text = await response.text();
     assert.equal(response.status, 201, text);
     return JSON.parse(text);
@@ -126,11 +132,12 @@ export function shorten(job, { steps, every, prompts }) {
 
 /** A browser whose pages are watched. */
 export class Browser {
-  static async start() {
+  /** @param {string[]} more flags of Chromium */
+  static async start(more = []) {
     const browser = new Browser();
     browser.chromium = await chromium.launch({
       executablePath: CHROMIUM,
-      args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"],
+      args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", ...more],
     });
     return browser;
   }

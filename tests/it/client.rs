@@ -63,6 +63,18 @@ impl Client {
         }
     }
 
+    pub fn store(&self) -> &lorad::store::Store {
+        &self.server.as_ref().unwrap().app().store
+    }
+
+    /// From now on every request carries this key.
+    pub fn use_key(&mut self, key: &str) {
+        let mut headers = reqwest::header::HeaderMap::new();
+        headers.insert("authorization", format!("Bearer {key}").parse().unwrap());
+        let http = reqwest::Client::builder().no_proxy().default_headers(headers);
+        self.http = http.build().unwrap();
+    }
+
     /// The folder under which base models may be registered.
     pub fn roots(&self) -> PathBuf {
         self.dir.path().join("roots")

@@ -1,6 +1,6 @@
 //! One integration binary: the real server on port 0 with a data directory of its own, driven from outside.
 //!
-//! [`api`], [`limits`], [`safety`] and [`sse`] drive it over HTTP ([`client`]) with archives made in code ([`corpus`]); [`cli`] and
+//! [`access`], [`api`], [`audit`], [`limits`], [`quotas`], [`safety`], [`sse`] and [`webhooks`] drive it over HTTP ([`client`]) with archives made in code ([`corpus`]); [`cli`] and
 //! [`readme`] run the binary as a user does. [`jobs`], [`recovery`], [`chaos`] and [`upkeep`] test everything around the trainer ([`server`]) with
 //! a scripted one ([`scripted`]): real processes, sockets, signals and files, and steps of milliseconds.
 #![allow(
@@ -11,7 +11,9 @@
     unreachable_pub
 )]
 
+mod access;
 mod api;
+mod audit;
 mod chaos;
 mod cli;
 mod client;
@@ -22,6 +24,7 @@ mod faults;
 mod fuzz;
 mod jobs;
 mod limits;
+mod quotas;
 mod readme;
 mod recovery;
 mod safety;
@@ -31,6 +34,7 @@ mod soak;
 mod sse;
 mod upkeep;
 mod viewers;
+mod webhooks;
 
 /// Counts the heap, for the tests that bound it.
 #[global_allocator]

@@ -632,16 +632,76 @@ async fn other_sites_and_unknown_hosts_cannot_drive_the_server() {
         request(&[("host", "evil.example")]).await,
         (403, "host.not_allowed".to_owned())
     );
-    for media in ["text/plain", "application/x-www-form-urlencoded", ""] {
+    for media in ["text/plain", "application/x-www-form-urlencoded", "multipart/mixed", ""] {
         let (status, body) = client.post_text("/jobs", media, "{}".to_owned()).await;
         assert_eq!((status, body["code"].as_str()), (415, Some("json.required")), "{media}");
     }
+    // Reading is refused to pages too, but a link may open the dashboard.
+    let read = async |path: &str, headers: &[(&str, &str)]| {
+        let mut request = client.http.get(client.url(path));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        request.send().await.unwrap().status().as_u16()
+    };
+    for site in ["cross-site", "same-site"] {
+        for (mode, dest) in [
+            ("cors", "empty"),
+            ("no-cors", "image"),
+            ("navigate", "iframe"),
+            ("", ""),
+        ] {
+            let headers = [
+                ("sec-fetch-site", site),
+                ("sec-fetch-mode", mode),
+                ("sec-fetch-dest", dest),
+            ];
+            assert_eq!(read("/jobs", &headers).await, 403, "{headers:?}");
+            assert_eq!(read("/", &headers).await, 403, "{headers:?}");
+        }
+        let link = [
+            ("sec-fetch-site", site),
+            ("sec-fetch-mode", "navigate"),
+            ("sec-fetch-dest", "document"),
+        ];
+        assert_eq!(read("/", &link).await, 200);
+    }
+    assert_eq!(read("/jobs", &[("origin", "https://evil.example")]).await, 403);
+    assert_eq!(
+        read("/jobs", &[("origin", &own), ("sec-fetch-site", "same-origin")]).await,
+        200
+    );
+    assert_eq!(
+        read("/jobs", &[("sec-fetch-site", "none")]).await,
+        200,
+        "typed into the address bar"
+    );
     let page = client.http.get(client.url("/")).send().await.unwrap();
+    assert_eq!(page.headers()["x-content-type-options"], "nosniff");
     let csp = page.headers()["content-security-policy"].to_str().unwrap();
     assert!(
         csp.contains("default-src 'self'") && csp.contains("frame-ancestors 'none'") && !csp.contains("unsafe"),
         "{csp}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_public_name_of_a_proxy_is_a_host_and_an_origin_once_it_is_configured() {
+    let client = Client::start_with(&[("server.allowed_hosts", "lora.example.org")]).await;
+    let post = async |host: &str, origin: &str| {
+        let mut request = client.http.post(client.url("/jobs?dry_run=true")).json(&json!({}));
+        if !host.is_empty() {
+            request = request.header("host", host);
+        }
+        request.header("origin", origin).send().await.unwrap().status().as_u16()
+    };
+    // Whether the proxy keeps the Host that the browser named, or puts its own.
+    assert_eq!(post("lora.example.org", "https://lora.example.org").await, 422);
+    assert_eq!(post("", "https://lora.example.org").await, 422);
+    assert_eq!(post("LORA.example.org:443", "https://lora.example.org").await, 422);
+    assert_eq!(post("lora.example.org", "https://evil.example").await, 403);
+    assert_eq!(post("evil.example", "https://lora.example.org").await, 403);
+    assert_eq!(post("", "https://lora.example.org.evil.example").await, 403);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -110,6 +110,8 @@ pub fn scripted_job(dataset: DatasetId, script: &Value) -> NewJob {
             memory_bytes: 1,
             warnings: Vec::new(),
         },
+        owner: None,
+        webhook: None,
     }
 }
 
@@ -128,6 +130,10 @@ impl TestServer {
 
     pub fn store(&self) -> &Store {
         &self.handle.app().store
+    }
+
+    pub fn dataset(&self) -> DatasetId {
+        self.dataset
     }
 
     pub async fn post(&self, script: Value) -> Job {

@@ -132,7 +132,7 @@ async fn many_viewers_slow_ones_and_a_storm_after_a_restart_see_each_event_once_
     });
     // Every fifth is slow; some stay, some come back again and again.
     let start_viewer = |n: usize, is_slow| {
-        let leave_after = if n % 3 == 0 { 40 } else { usize::MAX };
+        let leave_after = if n.is_multiple_of(3) { 40 } else { usize::MAX };
         tokio::spawn(view(watch.clone(), is_slow, leave_after))
     };
     let n_slow = n_viewers / 5;

@@ -4,6 +4,9 @@ import { api } from "../api.js";
 import { bytes, duration, int } from "../format.js";
 import { useResource, useTitle } from "../hooks.js";
 import { t } from "../i18n.js";
+import { AuditCard } from "../parts/audit.js";
+import { KeysCard } from "../parts/keys.js";
+import { WebhooksCard } from "../parts/webhooks.js";
 import { Bar, Card, Problem, Skeleton, Status } from "../ui.js";
 
 function Gauge({ label, total, free }) {
@@ -17,12 +20,14 @@ function Gauge({ label, total, free }) {
 const Facts = ({ list }) => html`<dl class="facts">${list.map(([k, v]) => html`<dt>${k}</dt><dd>${v}</dd>`)}</dl>`;
 const word = (name) => name.replace(/_bytes$/, "").replace(/_/g, " ").replace(/^./, (c) => c.toUpperCase());
 
-export function SystemPage() {
+export function SystemPage({ session, onSession }) {
   const { data: s, error, reload } = useResource(() => api.system(), [], 3000);
   const { data: v, error: versionError } = useResource(() => api.version(), []);
   useTitle(t("System"));
   if (error && !s) return html`<div class="page"><h1>${t("System")}</h1><${Problem} error=${error} retry=${reload} /></div>`;
   if (!s) return html`<div class="page"><h1>${t("System")}</h1><${Skeleton} n=${3} height=${110} /></div>`;
+  // An open server asks nobody, so anybody may; a locked one lets admin keys manage.
+  const manages = session && (!session.locked || session.key?.scope === "admin");
   const jobs = Object.entries(s.jobs ?? {}).filter(([, n]) => n > 0);
   return html`<div class="page"><div class="page-head"><div class="grow"><h1>${t("System")}</h1><p class="sub">${t("What this server runs on. Nothing is sent anywhere.")}</p></div></div>
     ${error && html`<${Problem} error=${error} retry=${reload} />`}
@@ -38,5 +43,6 @@ export function SystemPage() {
       <${Card} title=${t("Version and limits")} icon="info"><div class="stack">${v ? html`<${Facts} list=${[[t("Version"), v.version], [t("Worker protocol"), v.protocol], [t("Trains"), v.trains ? t("yes") : t("no, this build only serves")], ...Object.entries(v.limits ?? {}).map(([k, x]) => [word(k), k.endsWith("_bytes") ? bytes(x) : int(x)])]} />` : versionError ? html`<${Problem} error=${versionError} />` : html`<${Skeleton} />`}
         <p class="note">${t("The API is described at")} <a href="openapi.json">openapi.json</a>.</p></div></${Card}>
     </div>
+    ${manages && html`<div class="two"><${KeysCard} session=${session} onSession=${onSession} /><${WebhooksCard} /></div><${AuditCard} />`}
   </div>`;
 }
