@@ -104,13 +104,8 @@ fn attempt(family: &dyn Family, spec: &AttemptSpec, reporter: &dyn Reporter, rea
     let task = task.as_ref();
     reporter.check_stop()?;
 
-    // --- resume ---
     checkpoint::sweep(&spec.attempt_dir.join("checkpoints"))?;
     let mut run = Run::new(spec, settings, task, reporter)?;
-    if let Some(dir) = &spec.resume_from {
-        run.resume(dir)?;
-        *reached = run.state.step;
-    }
     let order = Order::new(
         run.settings.seed,
         task.buckets(),
@@ -123,10 +118,18 @@ fn attempt(family: &dyn Family, spec: &AttemptSpec, reporter: &dyn Reporter, rea
     };
 
     // --- check that the gradients point where the loss falls ---
+    // On the adapters as they start, also of a run that is resumed: where one is over-trained, its loss can be too rough for
+    // differences, and it would not be let on.
     reporter.phase(Phase::CheckingGradients, 0, 1);
     let check = selfcheck::directional_derivative(task, &order.window(1, 0).micro_batches[0])?;
     reporter.log(Level::Info, &check.to_string());
     reporter.phase(Phase::CheckingGradients, 1, 1);
+
+    // --- resume ---
+    if let Some(dir) = &spec.resume_from {
+        run.resume(dir)?;
+        *reached = run.state.step;
+    }
     reporter.check_stop()?;
 
     // --- the base model's pictures and its loss on held-out items ---
