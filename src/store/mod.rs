@@ -259,10 +259,16 @@ impl Store {
     /// Starts a write: waits for the one writer connection, then takes SQLite's write lock at once, so that a
     /// read-then-write never fails half-way with `SQLITE_BUSY_SNAPSHOT`.
     pub(super) async fn begin(&self) -> Result<Tx> {
-        self.writer
-            .begin_with("BEGIN IMMEDIATE")
-            .await
-            .map_err(query("begin a write"))
+        let mut begun = self.writer.begin_with("BEGIN IMMEDIATE").await;
+        if matches!(begun, Err(sqlx::Error::InvalidSavePointStatement)) {
+            // SQLite ends a transaction by itself when the disk is full, and the driver still counts it as open: this
+            // connection would refuse every write from now on.
+            tracing::warn!("the database's writer is connected anew after a failed write");
+            let connection = self.writer.acquire().await.map_err(query("begin a write"))?;
+            connection.close().await.map_err(query("begin a write"))?;
+            begun = self.writer.begin_with("BEGIN IMMEDIATE").await;
+        }
+        begun.map_err(query("begin a write"))
     }
 
     /// Runs one statement as a write of its own.

@@ -187,7 +187,7 @@ async fn a_full_disk_breaks_nothing_cancel_and_delete_still_work_and_jobs_go_on_
     disk.free();
     let step = trains["step"].as_u64().unwrap();
     let after = disk
-        .until(&long, "going on", |job| job["step"].as_u64() >= Some(step + 30))
+        .until(&long, "going on", |job| job["step"].as_u64() >= Some(step + 4))
         .await;
     assert_eq!(
         (&after["status"], &after["attempt"]),
