@@ -15,6 +15,7 @@ mod golden;
 mod provision;
 mod report;
 mod schemathesis;
+mod sd15;
 mod suite;
 mod tidy;
 mod vendor;
@@ -84,6 +85,14 @@ enum Command {
         #[arg(long)]
         seed: Option<u64>,
     },
+    /// Take one training step at Stable Diffusion 1.5's size, on random weights, and check the result files.
+    ///
+    /// From a diffusers folder and from a checkpoint in one file, with and without the text encoder. Prints time and memory.
+    Sd15 {
+        /// Side of the training picture, pixels.
+        #[arg(long, default_value_t = 128)]
+        resolution: u32,
+    },
     /// The architecture rules alone.
     Tidy,
     /// Check the vendored browser files against `static/vendor/VENDOR.toml`.
@@ -141,6 +150,7 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Schemathesis { cases, seed } => schemathesis::run(&root, cases, seed).map(|_| ExitCode::SUCCESS),
         Command::Fuzz { seconds, seed } => fuzz(seconds, seed),
+        Command::Sd15 { resolution } => sd15::run(&root, resolution).map(|()| ExitCode::SUCCESS),
         Command::Tidy => tidy::print(&root),
         Command::Vendor => {
             let problems = vendor::check(&root);

@@ -1,0 +1,166 @@
+//! `cargo xtask sd15`: one training step at Stable Diffusion 1.5's size, from a diffusers folder and from a checkpoint in one
+//! file, of the UNet alone and of the text encoder too. Weights are random, so only that it runs, that both bases give the
+//! same adapter, that the result files hold it, and what it takes can be seen. Not part of `test`: it takes minutes and
+//! gigabytes.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use crate::{exec, provision};
+
+/// Modules of the preset `attention` in a UNet of that size, and adapted modules of its text encoder.
+const UNET_MODULES: u64 = 128;
+const TEXT_ENCODER_MODULES: u64 = 48;
+
+/// A folder that goes when the run ends, whatever the end is.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Self> {
+        let dir = std::env::temp_dir().join(format!("lorad-sd15-{}", std::process::id()));
+        fs::create_dir(&dir).with_context(|| format!("create {}", dir.display()))?;
+        Ok(Self(dir))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.0) {
+            eprintln!("{} could not be removed: {error}", self.0.display());
+        }
+    }
+}
+
+/// What one run took.
+struct Figures {
+    total_s: f64,
+    step_s: f64,
+    peak_bytes: f64,
+    loss: f64,
+}
+
+/// Makes both bases, runs all, checks the result files and prints a table.
+///
+/// # Errors
+/// If a part cannot be run, a result file lacks a module, or the two bases give different adapters.
+pub(crate) fn run(root: &Path, resolution: u32) -> Result<()> {
+    let cargo = ["build", "--release", "--quiet", "--workspace", "--bins"];
+    exec::must(&mut exec::cargo(cargo))?;
+    let lorad = exec::target_dir(root).join("release/lorad");
+    let python = provision::oracle(root)?;
+    let scratch = Scratch::new()?;
+    let bases = scratch.0.join("bases");
+    let script = root.join("tools/reference/single_file.py");
+    exec::must(Command::new(python).arg(script).arg("--full").arg(&bases))?;
+    let data = scratch.0.join("data");
+    fs::create_dir(&data)?;
+    fs::copy(root.join("docs/img/job.png"), data.join("picture.png"))?;
+    fs::write(data.join("picture.txt"), "a page with a curve")?;
+
+    println!("| trained | base | whole run s | step s | peak GB | loss |");
+    println!("|---|---|---|---|---|---|");
+    for (trained, text_encoder) in [("UNet", false), ("UNet, text encoder", true)] {
+        let mut adapters = Vec::new();
+        for (kind, base) in [("folder", "diffusers"), ("one file", "single/model.safetensors")] {
+            let out = scratch.0.join("out");
+            let mut command = Command::new(&lorad);
+            command
+                .arg("train")
+                .arg("--base")
+                .arg(bases.join(base))
+                .arg("--data")
+                .arg(&data)
+                .arg("--out")
+                .arg(&out)
+                .args(["--set", "max_train_steps=1"])
+                .args(["--set", &format!("resolution={resolution}")])
+                .args(["--set", &format!("train_text_encoder={text_encoder}")]);
+            if kind == "folder" {
+                command.arg("--merged-pipeline");
+            }
+            let figures = train(&mut command, &out)?;
+            println!(
+                "| {trained} | {kind} | {:.0} | {:.1} | {:.2} | {:.4} |",
+                figures.total_s,
+                figures.step_s,
+                figures.peak_bytes / 1e9,
+                figures.loss
+            );
+            check_receipt(&out, UNET_MODULES + if text_encoder { TEXT_ENCODER_MODULES } else { 0 })?;
+            adapters.push(fs::read(out.join("pytorch_lora_weights.safetensors"))?);
+            fs::remove_dir_all(&out)?;
+        }
+        ensure!(
+            adapters[0] == adapters[1],
+            "{trained}: the two bases give different adapters"
+        );
+    }
+    Ok(())
+}
+
+/// Runs `lorad train` to its end and watches its memory.
+fn train(command: &mut Command, out: &Path) -> Result<Figures> {
+    let metrics = out.with_extension("jsonl");
+    let log = out.with_extension("log");
+    let started = Instant::now();
+    let mut child = command
+        .arg("--metrics")
+        .arg(&metrics)
+        // As the server starts its workers.
+        .env("MIMALLOC_PURGE_DELAY", "1000")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(fs::File::create(&log)?)
+        .spawn()
+        .context("start lorad")?;
+    let mut peak_bytes = 0.0_f64;
+    let status = loop {
+        peak_bytes = peak_bytes.max(peak_of(child.id()).unwrap_or(0.0));
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    let total_s = started.elapsed().as_secs_f64();
+    ensure!(status.success(), "lorad failed: {}", fs::read_to_string(&log)?);
+    let line = fs::read_to_string(&metrics)?;
+    let step: Value = serde_json::from_str(&line).with_context(|| format!("read the only step from `{line}`"))?;
+    let number = |name: &str| step[name].as_f64().with_context(|| format!("no `{name}` in {step}"));
+    Ok(Figures {
+        total_s,
+        step_s: number("step_ms")? / 1e3,
+        peak_bytes,
+        loss: number("loss")?,
+    })
+}
+
+/// Greatest resident memory so far of a process, where the system tells it.
+fn peak_of(pid: u32) -> Option<f64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: f64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024.0)
+}
+
+/// Every adapter file was read back and holds every module.
+fn check_receipt(out: &Path, modules: u64) -> Result<()> {
+    let receipt: Value = serde_json::from_slice(&fs::read(out.join("receipt.json"))?)?;
+    let files = receipt["files"].as_array().context("the receipt lists no files")?;
+    ensure!(files.len() >= 3, "only {} files in the receipt", files.len());
+    for file in files {
+        ensure!(
+            file["modules_matched"] == modules,
+            "{}: {} modules of {modules}",
+            file["name"],
+            file["modules_matched"]
+        );
+    }
+    Ok(())
+}
