@@ -17,7 +17,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use lorad_proto::catalog::Catalog;
+use lorad_proto::catalog::{Catalog, Memory, Plan};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -128,6 +128,17 @@ impl std::fmt::Debug for App {
 }
 
 impl App {
+    /// Memory that a worker on the CPU may have.
+    pub(crate) fn memory(&self) -> Option<Memory> {
+        self.catalog.memory()
+    }
+
+    /// Whether a job would start on the CPU if there were more memory: other programs, or other jobs, have it now.
+    pub(crate) fn waits_for_memory(&self, plan: &Plan) -> bool {
+        self.memory()
+            .is_some_and(|memory| plan.memory_bytes > memory.available_bytes)
+    }
+
     /// Stores a job and starts it as soon as a device is free.
     ///
     /// # Errors

@@ -36,6 +36,11 @@ impl Scheduler {
                 token_sha256: &hex::encode(Sha256::digest(token.as_bytes())),
                 jobs_dir: &self.app.data.jobs(),
                 lease_ms: i64::try_from(self.app.config.scheduler.lease_ms).unwrap_or(i64::MAX),
+                memory_bytes: self
+                    .app
+                    .memory()
+                    .filter(|_| device == "cpu")
+                    .map(|memory| memory.available_bytes),
             };
             if let Some(claimed) = self.app.store.claim(&new).await? {
                 self.app.changed(claimed.job.clone());

@@ -188,7 +188,7 @@ impl World {
                 batches_per_epoch: 1,
                 trainable_params: 1,
                 memory_bytes: 1,
-                warnings: Vec::new(),
+                ..Plan::default()
             },
         };
         self.app.create_job(&new, None).await.unwrap()
@@ -501,6 +501,7 @@ async fn a_worker_whose_process_was_not_recorded_names_itself_and_keeps_its_devi
         token_sha256: &hex::encode(Sha256::digest(token)),
         jobs_dir: &w.app.data.jobs(),
         lease_ms: 60_000,
+        memory_bytes: None,
     };
     w.app.store.claim(&new).await.unwrap().unwrap();
     let key = (job.id, 1);

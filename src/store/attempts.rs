@@ -12,7 +12,7 @@ pub use super::ingest::{Applied, WorkerBatch};
 use super::{
     NewArtifact, Result, Store, StoreError, Tx, catalogue,
     jobs::{append, fail, load, transition},
-    query, rows,
+    measured, query, rows,
 };
 use crate::domain::{
     Change, Checkpoint, Desired, Ended, EventKind, Exit, Job, JobId, JobStatus, Outcome, RetryLimits, now_ms,
@@ -67,6 +67,8 @@ pub struct NewAttempt<'a> {
     pub jobs_dir: &'a Path,
     /// Length of the first lease.
     pub lease_ms: i64,
+    /// Memory that is free for the job, if that is known and matters on this device.
+    pub memory_bytes: Option<u64>,
 }
 
 /// A claimed job with all that its worker needs.
@@ -85,7 +87,8 @@ pub struct Claimed {
 }
 
 impl Store {
-    /// Takes the next job for a free device: higher priority first, then older. `None`: nothing to do.
+    /// Takes the next job for a free device: higher priority first, then older. `None`: nothing to do, or the next job needs
+    /// more memory than is free; no later one overtakes it.
     ///
     /// # Errors
     /// If the database fails.
@@ -100,11 +103,13 @@ impl Store {
                  WHERE status = 'queued' AND not_before_ms <= ? AND desired IN ('run', 'cancel_save')
                      AND NOT EXISTS (SELECT 1 FROM job_attempts WHERE ended_at_ms IS NULL AND (job_id = waiting.id OR device = ?))
                  ORDER BY priority DESC, id LIMIT 1)
+                 AND json_extract(plan, '$.memory_bytes') <= ?
              RETURNING *",
         )
         .bind(now + new.lease_ms)
         .bind(now)
         .bind(new.device)
+        .bind(new.memory_bytes.map_or(i64::MAX, rows::int))
         .fetch_optional(&mut *tx)
         .await
         .map_err(query("claim a job"))?;
@@ -286,6 +291,7 @@ impl Store {
             )
             .await?;
         } else {
+            measured::record(&mut tx, &job, summary).await?;
             transition(&mut tx, &mut job, Change::Succeed, "published").await?;
         }
         let job = load(&mut tx, job.id).await?;

@@ -10,6 +10,7 @@ mod events;
 mod idempotency;
 mod ingest;
 mod jobs;
+mod measured;
 mod rows;
 mod upkeep;
 

@@ -83,6 +83,7 @@ async fn play(f: &Fixture, new: &NewJob, draws: &mut Draws, n_refused: &mut u64)
                     token_sha256: &"a".repeat(64),
                     jobs_dir: f.dir.path(),
                     lease_ms: 1000,
+                    memory_bytes: None,
                 };
                 store.claim(&new).await.map(drop)
             }
@@ -107,6 +108,7 @@ async fn play(f: &Fixture, new: &NewJob, draws: &mut Draws, n_refused: &mut u64)
                     events: &[envelope],
                     published: &std::collections::HashSet::new(),
                     lease_ms: 1000,
+                    memory_bytes: None,
                 };
                 let applied = store.apply(&batch).await;
                 if let Ok(applied) = &applied {

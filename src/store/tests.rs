@@ -101,7 +101,7 @@ impl Fixture {
                 batches_per_epoch: 2,
                 trainable_params: 5,
                 memory_bytes: 6,
-                warnings: Vec::new(),
+                ..Plan::default()
             },
         }
     }
@@ -123,6 +123,7 @@ impl Fixture {
             token_sha256: &"a".repeat(64),
             jobs_dir: self.dir.path(),
             lease_ms: 1000,
+            memory_bytes: None,
         };
         self.store.claim(&new).await.unwrap()
     }
@@ -137,6 +138,7 @@ impl Fixture {
                 events,
                 published: &published,
                 lease_ms: 1000,
+                memory_bytes: None,
             })
             .await
     }
@@ -409,6 +411,7 @@ async fn an_older_attempt_and_a_wrong_token_cannot_write() {
         events: &[],
         published: &published,
         lease_ms: 1000,
+        memory_bytes: None,
     };
     assert!(matches!(f.store.apply(&guessed).await, Err(StoreError::Fenced { .. })));
 }

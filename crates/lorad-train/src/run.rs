@@ -27,7 +27,7 @@ use crate::{
     Result, TrainError,
     checkpoint::{self, Snapshot},
     data::Order,
-    device,
+    device, memory,
     optim::{ema::Ema, fields::OptimizerSettings, schedule::LrSchedule},
     rescue::{self, Verdict},
     selfcheck,
@@ -116,10 +116,7 @@ fn attempt(family: &dyn Family, spec: &AttemptSpec, reporter: &dyn Reporter, rea
         run.settings.batch_size,
         run.settings.gradient_accumulation_steps,
     );
-    let total_steps = match (run.settings.max_train_steps, run.settings.num_epochs) {
-        (Some(steps), _) => steps,
-        (None, epochs) => epochs.unwrap_or(1).saturating_mul(order.steps_per_epoch()),
-    };
+    let total_steps = planned_steps(run.settings.max_train_steps, run.settings.num_epochs, &order);
 
     // --- check that the gradients point where the loss falls ---
     reporter.phase(Phase::CheckingGradients, 0, 1);
@@ -200,6 +197,11 @@ fn attempt(family: &dyn Family, spec: &AttemptSpec, reporter: &dyn Reporter, rea
     run.draw(run.state.step, true)?;
     let results = run.export(&order)?;
     Ok(WorkerEvent::Done { results })
+}
+
+/// Optimizer steps of a run: `max_train_steps`, or `num_epochs` passes over the samples of `order`.
+pub fn planned_steps(max_train_steps: Option<u64>, num_epochs: Option<u64>, order: &Order) -> u64 {
+    max_train_steps.unwrap_or_else(|| num_epochs.unwrap_or(1).saturating_mul(order.steps_per_epoch()))
 }
 
 /// Fixes the number of threads of CPU kernels, once per process: results are byte-identical only for the same number.
@@ -640,6 +642,9 @@ impl<'a> Run<'a> {
         }
         if self.state.rescues > 0 {
             summary["rescues"] = json!(self.state.rescues);
+        }
+        if let Some(bytes) = memory::peak_resident_bytes() {
+            summary["peak_memory_bytes"] = json!(bytes);
         }
         self.reporter.phase(Phase::Exporting, 1, 1);
         Ok(Results {

@@ -38,14 +38,14 @@ pub trait Family: Sync {
     /// Fills in defaults and checks everything, all errors at once; pointers like `/lora_rank`.
     fn resolve(&self, base: &BaseModelInfo, given: &Map<String, Value>) -> Result<Map<String, Value>, Vec<FieldError>>;
 
-    /// Steps, memory, warnings for resolved hyperparameters.
+    /// Steps, memory, time and warnings for resolved hyperparameters over the dataset in that folder.
     fn plan(
         &self,
         dir: &Path,
         base: &BaseModelInfo,
         hyperparameters: &Map<String, Value>,
         sampling: &Sampling,
-        n_items: u32,
+        dataset: &Path,
     ) -> Result<Plan, Problem>;
 
     /// Loads the base, prepares the data (latents, embeddings), attaches fresh adapters.

@@ -10,6 +10,7 @@
 
 mod bench;
 mod docs;
+mod estimate;
 mod exec;
 mod golden;
 mod provision;
@@ -62,6 +63,12 @@ enum Command {
         #[arg(long, default_value_t = 2)]
         rounds: usize,
     },
+    /// Compare estimates of memory and time with runs of a few small jobs.
+    Estimate {
+        /// Optimizer steps of each run.
+        #[arg(long, default_value_t = 12)]
+        steps: u32,
+    },
     /// The architecture rules alone.
     Tidy,
     /// Check the vendored browser files against `static/vendor/VENDOR.toml`.
@@ -95,6 +102,7 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Golden { check } => golden::run(&root, check).map(|()| ExitCode::SUCCESS),
         Command::Bench { shapes, rounds } => bench::run(&root, &shapes, rounds).map(|()| ExitCode::SUCCESS),
+        Command::Estimate { steps } => estimate::run(&root, steps).map(|()| ExitCode::SUCCESS),
         Command::Tidy => tidy::print(&root),
         Command::Vendor => {
             let problems = vendor::check(&root);

@@ -22,6 +22,14 @@ pub enum WeightType {
 }
 
 impl WeightType {
+    /// Of a value.
+    pub fn bytes(self) -> u64 {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
     /// The type of the tensor on a device other than the CPU.
     pub(super) fn on_devices(self) -> DType {
         match self {

@@ -27,7 +27,7 @@ use crate::{
 /// Crops that are cached of a picture that loses something to the cut, when crops are random.
 const RANDOM_CROPS: u64 = 4;
 /// Texts that go through the text encoder at a time.
-const TEXT_BATCH: usize = 16;
+pub(super) const TEXT_BATCH: usize = 16;
 
 /// Mean and standard deviation of a picture's latents, each (c, h, w), not scaled: each step draws its own sample.
 #[derive(Debug)]
@@ -249,7 +249,7 @@ pub(super) fn encode(
 }
 
 /// The crops and mirror images of one picture. What a cut takes away is the same for the same picture and seed.
-fn framings(item: &Item, placement: Placement, settings: &Settings) -> Vec<Framing> {
+pub(super) fn framings(item: &Item, placement: Placement, settings: &Settings) -> Vec<Framing> {
     let crops = if settings.center_crop || placement.fits() {
         1
     } else {

@@ -3,7 +3,9 @@
 mod cache;
 pub mod clip;
 pub mod config;
+pub mod cost;
 pub mod keys;
+mod plan;
 mod resnet;
 pub mod schema;
 mod single;
@@ -144,64 +146,10 @@ impl Family for Sd1 {
         dir: &Path,
         _base: &BaseModelInfo,
         hyperparameters: &Map<String, Value>,
-        _sampling: &Sampling,
-        n_items: u32,
+        sampling: &Sampling,
+        dataset: &Path,
     ) -> Result<Plan, Problem> {
-        let number = |name: &str| hyperparameters.get(name).and_then(Value::as_u64).unwrap_or(1);
-        let base = BaseFolder::open(dir)?;
-        let targets = hyperparameters
-            .get("target_modules")
-            .cloned()
-            .unwrap_or_else(|| json!("attention"));
-        let selected = selected_modules(&base, &targets)?;
-        let rank = number("lora_rank") as usize;
-        let trainable_params: u64 = selected
-            .iter()
-            .map(|m| {
-                let size = |shape: Vec<usize>| shape.iter().product::<usize>() as u64;
-                size(m.kind.lora_a_shape(rank)) + size(m.kind.lora_b_shape(rank))
-            })
-            .sum();
-        let (batch, items) = (number("batch_size"), u64::from(n_items));
-        let mut warnings = Vec::new();
-        if batch > items && items > 0 {
-            warnings.push(format!(
-                "batch_size {batch} is larger than the dataset: every step sees all {items} pictures."
-            ));
-        }
-        let total_steps = schema::steps(hyperparameters, n_items as usize);
-        if items > 0 && total_steps * batch > 1000 * items {
-            warnings.push(format!(
-                "Each picture will be seen {} times; so many repetitions usually overfit.",
-                total_steps * batch * number("gradient_accumulation_steps") / items
-            ));
-        }
-        if number("lr_warmup_steps") >= total_steps && number("lr_warmup_steps") > 1 {
-            warnings.push("The warm-up is as long as the run: the learning rate never reaches its value.".to_owned());
-        }
-        let text = |name: &str| hyperparameters.get(name).and_then(Value::as_str);
-        let mut memory = Memory::estimate(
-            &base,
-            if matches!(text("mixed_precision"), Some("fp16" | "bf16")) {
-                2
-            } else {
-                4
-            },
-            batch,
-            number("resolution"),
-            trainable_params,
-        )?;
-        if hyperparameters.get("shuffle_caption") == Some(&Value::Bool(true)) {
-            // The text encoder stays.
-            memory.fixed += 4 * parameters(&base, keys::Part::TextEncoder)?;
-        }
-        Ok(Plan {
-            total_steps,
-            batches_per_epoch: items.div_ceil(batch.max(1)),
-            trainable_params,
-            memory_bytes: memory.total(text("gradient_checkpointing") == Some("on")),
-            warnings,
-        })
+        plan::plan(&BaseFolder::open(dir)?, hyperparameters, sampling, dataset)
     }
 
     fn open(&self, spec: &AttemptSpec, device: &Device, reporter: &dyn Reporter) -> Result<Box<dyn Task>> {
@@ -263,57 +211,4 @@ fn weight_bytes(base: &BaseFolder) -> Result<u64, Problem> {
         .map(|metadata| metadata.len())
         .sum();
     Ok(bytes)
-}
-
-/// Memory of training, roughly, in bytes.
-#[derive(Debug, Clone, Copy)]
-struct Memory {
-    /// Frozen weights, the adapter with its gradient and moments, and the program.
-    fixed: u64,
-    /// What the graph keeps of the forward pass.
-    activations: u64,
-    /// What of that is kept with gradient checkpointing, with the layer that is being computed again.
-    checkpoints: u64,
-}
-
-impl Memory {
-    /// For weights of `weight_bytes` each.
-    fn estimate(
-        base: &BaseFolder,
-        weight_bytes: u64,
-        batch: u64,
-        resolution: u64,
-        trainable: u64,
-    ) -> Result<Self, Problem> {
-        /// Activations that a layer (residual block and transformer) keeps, in units of its output; measured.
-        const KEPT_PER_LAYER: u64 = 40;
-        let side = resolution / base.vae.downscale() as u64;
-        let (mut outputs, mut largest) = (0, 0);
-        for (level, (&channels, &layers)) in base
-            .unet
-            .block_out_channels
-            .iter()
-            .zip(&base.unet.layers_per_block)
-            .enumerate()
-        {
-            let side = side >> level;
-            let output = 4 * batch * side * side * channels as u64;
-            outputs += output * (2 * layers as u64 + 1);
-            largest = output.max(largest);
-        }
-        Ok(Self {
-            fixed: weight_bytes * parameters(base, keys::Part::Unet)? + 4 * 5 * trainable + (64 << 20),
-            activations: outputs * KEPT_PER_LAYER,
-            checkpoints: 2 * outputs + largest * KEPT_PER_LAYER,
-        })
-    }
-
-    fn total(&self, checkpointing: bool) -> u64 {
-        self.fixed
-            + if checkpointing {
-                self.checkpoints
-            } else {
-                self.activations
-            }
-    }
 }

@@ -17,6 +17,7 @@ use sha2::{Digest, Sha256};
 
 use super::{
     cache::{self, CachedItem, Embeddings, TextEncoder},
+    plan::JobPlan,
     schema::Settings,
     unet::UNet2DConditionModel,
     vae::AutoencoderKl,
@@ -28,17 +29,18 @@ use crate::{
     diffusion::{ddim::Ddim, loss::LossConfig, sample::sample_latents, schedule::NoiseSchedule},
     export::{self, BaseTraits, ExportJob},
     lora::{AdapterSet, init},
+    memory,
     rng::{Purpose, Stream},
     task::{ExportContext, MicroBatch, Prompt, Reporter, Task},
     validation::{self, Validation},
 };
 
 /// Held-out items that a validation looks at.
-const VALIDATION_ITEMS: usize = 32;
+pub(super) const VALIDATION_ITEMS: usize = 32;
 /// Parts of the schedule that a validation looks at and tells apart.
 const VALIDATION_BINS: usize = 4;
 /// Pictures drawn at a time; with guidance the UNet sees twice as many.
-const SAMPLE_BATCH: usize = 8;
+pub(super) const SAMPLE_BATCH: usize = 8;
 
 /// What one forward and backward pass works on.
 #[derive(Debug)]
@@ -142,6 +144,8 @@ impl Sd1Task {
         ]);
         reporter.check_stop()?;
 
+        let plan = JobPlan::new(&base, &spec.hyperparameters, &spec.sampling, &items)?;
+
         // Each model is dropped before the next one is loaded; the UNet, the largest, comes last.
         let sampling = &spec.sampling;
         let captions = &settings.data.caption;
@@ -190,13 +194,8 @@ impl Sd1Task {
         let adapters = fresh_adapters(&base, &settings, device)?;
         let dtype = settings.mixed_precision.weight_type();
         let unet = UNet2DConditionModel::load_as(&base, device, &adapters, dtype)?;
-        let batch = settings.batch_size as u64;
-        let trainable = adapters.named_vars().iter().map(|(_, v)| v.elem_count() as u64).sum();
-        let memory = super::Memory::estimate(&base, 0, batch, u64::from(settings.resolution), trainable)?;
         // The weights are loaded by now; what is asked is whether the rest fits.
-        let checkpointing = settings
-            .gradient_checkpointing
-            .decide(memory.total(false), crate::memory::available_bytes());
+        let checkpointing = plan.checkpointing(memory::resident_bytes(), memory::available_bytes());
         if checkpointing && !device.is_cpu() {
             reporter.log(
                 Level::Warn,
@@ -337,7 +336,7 @@ impl Sd1Task {
 }
 
 /// Which items are never trained on: the seed chooses among those that are no regularisation images.
-fn held_out(items: &[Item], settings: &Settings) -> Vec<bool> {
+pub(super) fn held_out(items: &[Item], settings: &Settings) -> Vec<bool> {
     let plain: Vec<usize> = (0..items.len()).filter(|&i| !items[i].is_reg).collect();
     let n = validation::held_out(settings.validation_fraction, plain.len());
     let mut held = vec![false; items.len()];
