@@ -25,6 +25,7 @@ use crate::{
     blobs::Blobs,
     config::Config,
     domain::{Action, CancelMode, Job, JobId, JobPatch, NewJob},
+    downloads::Downloads,
     events::Events,
     store::{IdempotencyKey, Store, StoreError, StoredAnswer},
 };
@@ -115,6 +116,8 @@ pub struct App {
     pub events: Events,
     /// What can be trained.
     pub catalog: Arc<dyn Catalog>,
+    /// Base models on their way from a hub.
+    pub downloads: Downloads,
     /// Wakes the scheduler.
     pub wake: Arc<Notify>,
     /// Cancelled when the server shuts down: streams end.
@@ -130,7 +133,14 @@ impl std::fmt::Debug for App {
 impl App {
     /// Memory that a worker on the CPU may have.
     pub(crate) fn memory(&self) -> Option<Memory> {
-        self.catalog.memory()
+        let limit = match self.config.scheduler.worker_memory_bytes {
+            0 => u64::MAX,
+            bytes => bytes,
+        };
+        self.catalog.memory().map(|memory| Memory {
+            total_bytes: memory.total_bytes.min(limit),
+            available_bytes: memory.available_bytes.min(limit),
+        })
     }
 
     /// Whether a job would start on the CPU if there were more memory: other programs, or other jobs, have it now.

@@ -14,6 +14,7 @@
 //! - `checkpoint` · whether a checkpoint on disk is whole.
 //! - [`blobs`] and [`builtin`] · published files, the bundled base model.
 //! - [`http`] · the API and the dashboard.
+//! - [`hub`] and [`downloads`] · base models from a hub.
 //! - [`ingest`] · uploaded archives into datasets.
 //! - [`upkeep`] · checking and copying a whole data directory.
 //! - [`trainer`] · the only file that names the trainer.
@@ -26,9 +27,11 @@ pub mod builtin;
 mod checkpoint;
 pub mod config;
 pub mod domain;
+pub mod downloads;
 pub mod events;
 pub mod executor;
 pub mod http;
+pub mod hub;
 pub mod ingest;
 pub mod scheduler;
 pub mod serve;

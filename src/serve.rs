@@ -24,6 +24,7 @@ use crate::{
     blobs::{BlobError, Blobs},
     builtin::{self, BuiltinError},
     config::Config,
+    downloads::{self, Downloads},
     events::Events,
     executor::local::LocalExecutor,
     scheduler::Scheduler,
@@ -139,6 +140,7 @@ pub async fn serve(config: Config) -> Result<ServerHandle, ServeError> {
         store,
         events: Events::default(),
         catalog: Arc::new(TrainerCatalog),
+        downloads: Downloads::default(),
         wake: Arc::new(Notify::new()),
         shutdown: CancellationToken::new(),
     };
@@ -150,6 +152,7 @@ pub async fn serve(config: Config) -> Result<ServerHandle, ServeError> {
     })?;
     prepare_content(&app).await?;
     let mut tasks = start_jobs(&app)?;
+    downloads::resume(&app).await?;
     tasks.push(spawn_public(&app, listener));
     tracing::info!(%address, data_dir = %app.data.root().display(), "the server is up");
     Ok(ServerHandle {

@@ -27,8 +27,7 @@ pub trait Reporter: Send + Sync {
 }
 
 /// Stack of the training thread: backward and drop recurse over the graph.
-#[cfg(feature = "train")]
-const TRAINING_STACK_BYTES: usize = 256 << 20;
+pub(crate) const TRAINING_STACK_BYTES: u64 = 256 << 20;
 
 /// The trainer's families, as the server sees them.
 #[derive(Debug, Clone, Copy, Default)]
@@ -127,7 +126,7 @@ mod imp {
         };
         let thread = thread::Builder::new()
             .name("train".to_owned())
-            .stack_size(TRAINING_STACK_BYTES)
+            .stack_size(usize::try_from(TRAINING_STACK_BYTES).unwrap_or(usize::MAX))
             .spawn(train);
         match thread.map(thread::JoinHandle::join) {
             Ok(Ok(event)) => event,

@@ -105,6 +105,7 @@ pub(crate) fn run(args: &Train) -> Result<Exit> {
         },
         attempt_dir: attempt_dir.clone(),
         resume_from: None,
+        after_out_of_memory: false,
     };
     let metrics = match &args.metrics {
         Some(path) => Some(fs::File::create(path).with_context(|| format!("create {}", path.display()))?),

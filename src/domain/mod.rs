@@ -5,6 +5,7 @@
 pub mod artifact;
 pub mod attempt;
 pub mod dataset;
+pub mod download;
 pub mod estimate;
 pub mod event;
 pub mod id;

@@ -500,6 +500,13 @@ async fn base_model(app: &App, fields: &mut Fields<'_>) -> ApiResult<Option<Mode
             Ok(None)
         }
         None => {
+            if let Ok(id) = text.parse::<ModelId>()
+                && app.store.download(&id).await?.is_some()
+            {
+                let detail = format!("{id} has not been downloaded completely; see GET /models/{id}");
+                fields.fault("base_model", "not_ready", detail);
+                return Ok(None);
+            }
             let known: Vec<String> = app.store.models().await?.iter().map(|m| m.id.to_string()).collect();
             let shown: String = text.chars().take(80).collect();
             let detail = format!("there is no base model {shown:?}; known are {}", known.join(", "));

@@ -100,6 +100,7 @@ async fn start(
         nice: settings.nice,
         heartbeat_ms: settings.heartbeat_ms,
         lease_ms: settings.lease_ms,
+        memory_bytes: settings.worker_memory_bytes,
     };
     let (threads, family) = (settings.threads, claimed.job.family.clone());
     let cache = Cache {
@@ -150,6 +151,7 @@ fn spec(claimed: Claimed, device: String, threads: u64, cache: Cache) -> Attempt
             n => usize::try_from(n).ok(),
         },
         cache,
+        after_out_of_memory: job.memory_rescues > 0,
         attempt_dir: claimed.dir,
         resume_from: newest_intact(&claimed.checkpoints),
     }

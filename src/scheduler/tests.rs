@@ -23,6 +23,7 @@ use crate::{
     blobs::Blobs,
     config::Config,
     domain::{CancelMode, Dataset, DatasetId, Job, JobId, Model, ModelKind, NewJob, now_ms},
+    downloads::Downloads,
     events::Events,
     executor::{Launch, Stop},
     store::Store,
@@ -143,6 +144,7 @@ async fn world(devices: &[&str], change: impl FnOnce(&mut Config)) -> World {
         store,
         events: Events::default(),
         catalog: Arc::new(TrainerCatalog),
+        downloads: Downloads::default(),
         wake: Arc::new(Notify::new()),
         shutdown: CancellationToken::new(),
     };
@@ -511,6 +513,7 @@ async fn a_worker_whose_process_was_not_recorded_names_itself_and_keeps_its_devi
         token: token.to_owned(),
         socket: PathBuf::new(),
         threads: 0,
+        memory_bytes: 0,
         nice: 0,
         heartbeat_ms: 1,
         lease_ms: 1,

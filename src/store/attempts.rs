@@ -323,6 +323,7 @@ async fn settle(tx: &mut Tx, job: &mut Job, exit: &Exit, log_tail: &str, limits:
         progressed: checkpoints.iter().any(|checkpoint| checkpoint.attempt == job.attempt),
         has_checkpoint: !checkpoints.is_empty(),
         failed_attempts: job.failed_attempts,
+        memory_rescues: job.memory_rescues,
         exit,
         log_tail,
     };
@@ -334,23 +335,40 @@ async fn settle(tx: &mut Tx, job: &mut Job, exit: &Exit, log_tail: &str, limits:
             failed_attempts,
             reason,
         } => {
-            transition(tx, job, Change::Interrupt, reason).await?;
-            sqlx::query("UPDATE jobs SET not_before_ms = ?, failed_attempts = ? WHERE id = ?")
-                .bind(now_ms() + delay_ms)
-                .bind(failed_attempts)
-                .bind(job.id.to_string())
-                .execute(&mut **tx)
-                .await
-                .map_err(query("requeue a job"))?;
-            transition(tx, job, Change::Requeue, reason).await?;
-            if job.desired == Desired::Pause {
-                transition(tx, job, Change::Pause, "requested").await?;
-            }
+            let counts = (*failed_attempts, job.memory_rescues);
+            requeue(tx, job, now_ms() + delay_ms, counts, reason).await?;
+        }
+        Outcome::Shrink { reason } => {
+            let counts = (job.failed_attempts, job.memory_rescues + 1);
+            requeue(tx, job, now_ms(), counts, reason).await?;
         }
         Outcome::Fail(problem) => fail(tx, job, problem).await?,
         Outcome::Cancel => transition(tx, job, Change::Cancel, "requested").await?,
     }
     Ok(outcome)
+}
+
+async fn requeue(
+    tx: &mut Tx,
+    job: &mut Job,
+    not_before_ms: i64,
+    (failed_attempts, memory_rescues): (u32, u32),
+    reason: &str,
+) -> Result<()> {
+    transition(tx, job, Change::Interrupt, reason).await?;
+    sqlx::query("UPDATE jobs SET not_before_ms = ?, failed_attempts = ?, memory_rescues = ? WHERE id = ?")
+        .bind(not_before_ms)
+        .bind(failed_attempts)
+        .bind(memory_rescues)
+        .bind(job.id.to_string())
+        .execute(&mut **tx)
+        .await
+        .map_err(query("requeue a job"))?;
+    transition(tx, job, Change::Requeue, reason).await?;
+    if job.desired == Desired::Pause {
+        transition(tx, job, Change::Pause, "requested").await?;
+    }
+    Ok(())
 }
 
 async fn path_of(tx: &mut Tx, sql: &'static str, id: &str) -> Result<PathBuf> {

@@ -6,6 +6,7 @@
 
 mod attempts;
 mod catalogue;
+mod downloads;
 mod events;
 mod idempotency;
 mod ingest;

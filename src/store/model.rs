@@ -108,7 +108,6 @@ async fn play(f: &Fixture, new: &NewJob, draws: &mut Draws, n_refused: &mut u64)
                     events: &[envelope],
                     published: &std::collections::HashSet::new(),
                     lease_ms: 1000,
-                    memory_bytes: None,
                 };
                 let applied = store.apply(&batch).await;
                 if let Ok(applied) = &applied {

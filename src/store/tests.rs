@@ -138,7 +138,6 @@ impl Fixture {
                 events,
                 published: &published,
                 lease_ms: 1000,
-                memory_bytes: None,
             })
             .await
     }
@@ -411,7 +410,6 @@ async fn an_older_attempt_and_a_wrong_token_cannot_write() {
         events: &[],
         published: &published,
         lease_ms: 1000,
-        memory_bytes: None,
     };
     assert!(matches!(f.store.apply(&guessed).await, Err(StoreError::Fenced { .. })));
 }

@@ -1,6 +1,6 @@
 //! One integration binary: the real server on port 0 with a data directory of its own, driven from outside.
 //!
-//! [`api`], [`limits`], [`safety`] and [`sse`] drive it over HTTP ([`client`]) with archives made in code ([`corpus`]); [`cli`] and
+//! [`api`], [`hub`], [`limits`], [`safety`] and [`sse`] drive it over HTTP ([`client`]) with archives made in code ([`corpus`]); [`cli`] and
 //! [`readme`] run the binary as a user does. [`jobs`], [`recovery`], [`chaos`] and [`upkeep`] test everything around the trainer ([`server`]) with
 //! a scripted one ([`scripted`]): real processes, sockets, signals and files, and steps of milliseconds.
 #![allow(
@@ -16,6 +16,7 @@ mod chaos;
 mod cli;
 mod client;
 mod corpus;
+mod hub;
 mod jobs;
 mod limits;
 mod readme;

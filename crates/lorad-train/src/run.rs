@@ -110,18 +110,23 @@ fn attempt(family: &dyn Family, spec: &AttemptSpec, reporter: &dyn Reporter, rea
         run.resume(dir)?;
         *reached = run.state.step;
     }
-    let order = Order::new(
+    let mut order = Order::new(
         run.settings.seed,
         task.buckets(),
         run.settings.batch_size,
         run.settings.gradient_accumulation_steps,
     );
+    if run.state.memory_rescues > 0 {
+        run.micro_batch = run.micro_batch.div_ceil(2);
+    } else if spec.after_out_of_memory {
+        run.shrink(crate::error::out_of_memory("The worker was ended for want of memory.".to_owned()).into())?;
+    }
+    order = order.with_micro_batch(run.micro_batch);
     let total_steps = planned_steps(run.settings.max_train_steps, run.settings.num_epochs, &order);
 
     // --- check that the gradients point where the loss falls ---
     reporter.phase(Phase::CheckingGradients, 0, 1);
-    let check = selfcheck::directional_derivative(task, &order.window(1, 0).micro_batches[0])?;
-    reporter.log(Level::Info, &check.to_string());
+    run.check_gradients(&order)?;
     reporter.phase(Phase::CheckingGradients, 1, 1);
     reporter.check_stop()?;
 
@@ -147,7 +152,15 @@ fn attempt(family: &dyn Family, spec: &AttemptSpec, reporter: &dyn Reporter, rea
             .micro_batches
             .iter()
             .map(|batch| Ok((task.loss(batch)?, batch.items.len() as f64 / n_samples as f64)));
-        let outcome = run.stepper.step(lr, losses)?;
+        let gradients = match run.stepper.gradients(losses) {
+            Err(e) if e.is_out_of_memory() => {
+                run.shrink(e)?;
+                order = order.with_micro_batch(run.micro_batch);
+                continue;
+            }
+            gradients => gradients?,
+        };
+        let outcome = run.stepper.apply(lr, gradients)?;
         let elapsed = started.elapsed();
         run.state.train_ms += u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
         let finite = |v: f64| v.is_finite().then_some(v);
@@ -155,6 +168,12 @@ fn attempt(family: &dyn Family, spec: &AttemptSpec, reporter: &dyn Reporter, rea
         if run.settings.l2_lambda > 0.0 {
             extra.insert("l2_penalty".to_owned(), outcome.l2_penalty);
         }
+        extra.extend(
+            outcome
+                .parts
+                .iter()
+                .map(|(part, loss)| (format!("loss_bin_{part}"), *loss)),
+        );
         if outcome.applied {
             run.state.step = step;
             *reached = step;
@@ -213,6 +232,9 @@ fn use_threads(threads: Option<usize>) {
     }
 }
 
+/// Optimizer steps whose samples the gradient check may look at.
+const CHECKED_WINDOWS: u64 = 16;
+
 /// State of the best adapter in a checkpoint: `<tensor>.best`.
 const BEST: &str = "best";
 
@@ -226,6 +248,8 @@ struct Run<'a> {
     /// What pictures and files show instead of the newest values, if the job wants it.
     ema: Option<Ema>,
     state: TrainState,
+    /// Most samples of a micro-batch: `batch_size`, until memory runs out.
+    micro_batch: usize,
     /// Newest served requests, so that a command that is told twice is obeyed once.
     served_checkpoint: u64,
     served_sample: u64,
@@ -270,6 +294,7 @@ impl<'a> Run<'a> {
                 ..TrainState::default()
             },
             spec,
+            micro_batch: settings.batch_size,
             settings,
             task,
             reporter,
@@ -448,7 +473,7 @@ impl<'a> Run<'a> {
     /// Loss on the held-out items; `None` if there are none.
     fn validate(&self, with_adapter: bool) -> Result<Option<Validation>> {
         let mut on_progress = || self.stop_if_cancelled();
-        self.shown(|| self.task.validate(with_adapter, &mut on_progress))
+        self.shown(|| self.task.validate(with_adapter, self.micro_batch, &mut on_progress))
     }
 
     /// Validates if it is time; the figures, for the step's metrics.
@@ -524,6 +549,57 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Compares the gradient with the loss on the first samples whose loss shows anything.
+    fn check_gradients(&self, order: &Order) -> Result<()> {
+        let mut cursor = 0;
+        for step in 1..=order.steps_per_epoch().min(CHECKED_WINDOWS) {
+            let window = order.window(step, cursor);
+            cursor += window.n_samples as u64;
+            for batch in &window.micro_batches {
+                if let Some(check) = selfcheck::directional_derivative(self.task, batch)? {
+                    self.reporter.log(Level::Info, &check.to_string());
+                    return Ok(());
+                }
+            }
+        }
+        self.reporter.emit(WorkerEvent::Alert {
+            code: "gradients.not_checked".to_owned(),
+            severity: Level::Warn,
+            step: self.state.step,
+            detail:
+                "The loss of the first pictures is 0 whatever the adapter does: their masks are black, and nothing can \
+                     be learned from them."
+                    .to_owned(),
+        });
+        Ok(())
+    }
+
+    /// Halves the micro-batch after memory ran out: twice as many of them make the same step, up to the order of sums.
+    ///
+    /// # Errors
+    /// `failure`, if that was done before or there is nothing to halve.
+    fn shrink(&mut self, failure: TrainError) -> Result<()> {
+        let before = self.micro_batch;
+        let Some(smaller) = rescue::smaller_micro_batch(before, self.state.memory_rescues) else {
+            return Err(failure);
+        };
+        self.micro_batch = smaller;
+        self.state.memory_rescues += 1;
+        self.save_soon = true;
+        self.reporter.emit(WorkerEvent::Alert {
+            code: "memory.rescued".to_owned(),
+            severity: Level::Warn,
+            step: self.state.step,
+            detail: format!(
+                "Memory ran out with {before} samples at a time. From here on it is {smaller} at a time and as many more \
+                 micro-batches per step: the result is the same up to rounding, and takes a little longer. \
+                 ({}.)",
+                failure.into_problem().detail.trim_end_matches('.')
+            ),
+        });
+        Ok(())
+    }
+
     /// Goes back to a healthy checkpoint with a smaller learning rate.
     ///
     /// # Errors
@@ -550,9 +626,11 @@ impl<'a> Run<'a> {
             (None, _) => return Err(self.diverged(step, lr, &what, verdict)?),
         };
         let (rescues, lr_factor) = (self.state.rescues + 1, self.state.lr_factor * rescue::LR_FACTOR);
+        let memory_rescues = self.state.memory_rescues;
         let train_ms = self.state.train_ms;
         self.restore(snapshot)?;
         self.state.rescues = rescues;
+        self.state.memory_rescues = memory_rescues;
         self.state.lr_factor = lr_factor;
         self.state.train_ms = train_ms;
         let back = self.state.step;
@@ -639,6 +717,9 @@ impl<'a> Run<'a> {
             summary["base_validation_loss"] = json!(course.baseline);
             summary["best_validation_loss"] = json!(course.best_loss);
             summary["best_step"] = json!(course.best_step);
+        }
+        if self.state.memory_rescues > 0 {
+            summary["micro_batch"] = json!(self.micro_batch);
         }
         if self.state.rescues > 0 {
             summary["rescues"] = json!(self.state.rescues);

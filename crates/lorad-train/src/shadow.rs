@@ -258,7 +258,10 @@ impl<'m> Trace<'m> {
                     Inner::Kept(id, tape) => (id, tape),
                     Inner::Again(again, inputs) => {
                         let (result, tape) = self.recorded(|| again(self, &inputs));
-                        (result.id, tape)
+                        // Only what its tape keeps of it stays.
+                        let id = result.id;
+                        drop(result);
+                        (id, tape)
                     }
                 };
                 for (id, part) in self.backward(inner, id, gradient) {

@@ -64,6 +64,30 @@ pub struct MicroBatch {
     pub items: Vec<usize>,
 }
 
+/// Loss of a micro-batch.
+#[derive(Debug)]
+pub struct BatchLoss {
+    /// Mean over its samples, a tracked scalar (f32).
+    pub mean: Tensor,
+    /// The same by sample, for families with a schedule of noise.
+    pub parts: Option<PartLosses>,
+}
+
+/// The samples' own losses.
+#[derive(Debug)]
+pub struct PartLosses {
+    /// Which part of the schedule each sample belongs to, from 0, clean, to noisy.
+    pub part_of: Vec<usize>,
+    /// (b,), f32, untracked: it stays on the device until the step's one read.
+    pub of_sample: Tensor,
+}
+
+impl From<Tensor> for BatchLoss {
+    fn from(mean: Tensor) -> Self {
+        Self { mean, parts: None }
+    }
+}
+
 /// A picture to draw.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prompt {
@@ -90,16 +114,20 @@ pub trait Task {
     /// is refused.
     fn fingerprints(&self) -> BTreeMap<String, String>;
 
-    /// Mean loss over the micro-batch, as a tracked scalar (f32). Everything random comes from
-    /// `(seed, purpose, sample counter)`.
-    fn loss(&self, batch: &MicroBatch) -> Result<Tensor>;
+    /// Loss of the micro-batch. Everything random comes from `(seed, purpose, sample counter)`.
+    fn loss(&self, batch: &MicroBatch) -> Result<BatchLoss>;
 
     /// The loss of a model that always predicts zeros, if it is known: about 1 for a target of unit variance.
     fn trivial_loss(&self) -> Option<f64>;
 
     /// Loss on the items that are never trained on, at fixed noise and timesteps, with the adapter as it is now or without
-    /// it; `None` if none were held out. `on_progress` as for [`Task::sample`].
-    fn validate(&self, with_adapter: bool, on_progress: &mut dyn FnMut() -> Result<()>) -> Result<Option<Validation>>;
+    /// it, at most `micro_batch` items at a time; `None` if none were held out. `on_progress` as for [`Task::sample`].
+    fn validate(
+        &self,
+        with_adapter: bool,
+        micro_batch: usize,
+        on_progress: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Option<Validation>>;
 
     /// Draws the prompts, all of them among the job's, with the adapter as it is now or without it. `on_progress` is
     /// called between units of work; an error from it ends the drawing.

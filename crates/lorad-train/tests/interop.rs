@@ -249,6 +249,7 @@ fn spec(case: &Case, base: &Path, dir: &Path) -> AttemptSpec {
         cache: lorad_proto::spec::Cache::default(),
         attempt_dir: dir.to_owned(),
         resume_from: None,
+        after_out_of_memory: false,
     }
 }
 

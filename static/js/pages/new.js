@@ -150,7 +150,7 @@ function Plan({ state, ready, missing }) {
     ${warnings.map((w) => html`<p class="problem-line warn"><${Icon} name="alert" /><span>${w}</span></p>`)}</div>`;
 }
 
-const bases = (models) => rows(models.data).filter((m) => m.kind === "base");
+const bases = (models) => rows(models.data).filter((m) => m.kind === "base" && !m.download);
 
 const FIELD_ROOTS = ["hyperparameters", "sampling"];
 

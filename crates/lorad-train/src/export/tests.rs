@@ -116,6 +116,7 @@ fn spec(dir: &Path) -> AttemptSpec {
         cache: lorad_proto::spec::Cache::default(),
         attempt_dir: path,
         resume_from: None,
+        after_out_of_memory: false,
     }
 }
 

@@ -231,7 +231,8 @@ impl Layout {
         self.vars
             .iter()
             .zip(self.views(flat)?)
-            .map(|((name, _), view)| Ok((format!("{name}.{kind}"), view.copy()?)))
+            // Not `copy`: that copies all of the flat vector for each of its parts.
+            .map(|((name, _), view)| Ok((format!("{name}.{kind}"), view.force_contiguous()?)))
             .collect()
     }
 

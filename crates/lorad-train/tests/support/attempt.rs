@@ -13,7 +13,10 @@ use lorad_proto::{
     event::WorkerEvent,
     spec::{AttemptSpec, BaseModelRef, DatasetRef, Export, Sampling},
 };
-use lorad_train::{families, task::Reporter};
+use lorad_train::{
+    families,
+    task::{Family, Reporter},
+};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -150,17 +153,23 @@ pub(crate) fn spec(pipeline: &str, dataset: &Path, attempt_dir: PathBuf, given: 
         device: "cpu".to_owned(),
         threads: None,
         cache: lorad_proto::spec::Cache::default(),
+        after_out_of_memory: false,
         attempt_dir,
         resume_from: None,
     }
 }
 
 pub(crate) fn run(spec: &AttemptSpec, reporter: &Recorder) -> WorkerEvent {
+    run_with(families::by_id("sd1").unwrap(), spec, reporter)
+}
+
+/// [`run`] with another family.
+pub(crate) fn run_with(family: &dyn Family, spec: &AttemptSpec, reporter: &Recorder) -> WorkerEvent {
     fs::create_dir_all(&spec.attempt_dir).unwrap();
     std::thread::scope(|scope| {
         std::thread::Builder::new()
             .stack_size(256 << 20)
-            .spawn_scoped(scope, || families::run_attempt(spec, reporter))
+            .spawn_scoped(scope, || lorad_train::run::run_attempt(family, spec, reporter))
             .unwrap()
             .join()
             .unwrap()

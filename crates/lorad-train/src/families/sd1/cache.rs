@@ -102,8 +102,8 @@ impl TextEncoder {
             let ids = Tensor::from_vec(flat, (batch.len(), self.tokenizer.max_length()), &self.device)?;
             let states = self.model.forward(&ids)?.detach();
             for i in 0..batch.len() {
-                // A copy: a view would keep the whole batch.
-                embeddings.push(states.get(i)?.copy()?);
+                // A view would keep the whole batch, and so would `copy`.
+                embeddings.push(states.get(i)?.force_contiguous()?);
             }
         }
         Ok(embeddings)
@@ -213,8 +213,8 @@ pub(super) fn encode(
                     data::to_tensor(&data::decode_as(&picture.bytes, &item)?, framing, device)?.unsqueeze(0)?;
                 let posterior = vae.encode(&pixels)?;
                 Ok(vec![
-                    posterior.mean.squeeze(0)?.copy()?,
-                    posterior.std.squeeze(0)?.copy()?,
+                    posterior.mean.squeeze(0)?.force_contiguous()?,
+                    posterior.std.squeeze(0)?.force_contiguous()?,
                 ])
             })?;
             let [mean, std] = <[Tensor; 2]>::try_from(found).map_err(|found| {

@@ -55,15 +55,15 @@ impl<'a> Pass<'a> {
         let last = channels.len() - 1;
         let mut x = t.conv(latents, channels[0], 3, 1, None);
         let mut skips = vec![x.clone()];
-        for level in 0..=last {
+        for (level, &c) in channels.iter().enumerate() {
             let attention = config.down_blocks[level] == BlockKind::CrossAttention;
             for j in 0..config.layers_per_block[level] {
                 let path = attention.then(|| format!("down_blocks.{level}.attentions.{j}"));
-                x = self.layer(t, &[&x], channels[level], level, path, context);
+                x = self.layer(t, &[&x], c, level, path, context);
                 skips.push(x.clone());
             }
             if level < last {
-                x = t.conv(&x, channels[level], 3, 2, None);
+                x = t.conv(&x, c, 3, 2, None);
                 skips.push(x.clone());
             }
         }

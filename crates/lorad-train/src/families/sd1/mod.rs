@@ -58,6 +58,10 @@ impl Family for Sd1 {
             schema: crate::schema::json_schema("Hyperparameters of Stable Diffusion 1.x / 2.x", &schema::fields()),
             metrics: vec![
                 metric("loss", "Loss", "", Some(false)),
+                metric("loss_bin_0", "Loss, cleanest quarter of timesteps", "", Some(false)),
+                metric("loss_bin_1", "Loss, second quarter of timesteps", "", Some(false)),
+                metric("loss_bin_2", "Loss, third quarter of timesteps", "", Some(false)),
+                metric("loss_bin_3", "Loss, noisiest quarter of timesteps", "", Some(false)),
                 metric("lr", "Learning rate", "", None),
                 metric("grad_norm", "Gradient norm", "", None),
                 metric("step_ms", "Time per step", "ms", Some(false)),

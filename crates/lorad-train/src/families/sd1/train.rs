@@ -31,14 +31,14 @@ use crate::{
     lora::{AdapterSet, init},
     memory,
     rng::{Purpose, Stream},
-    task::{ExportContext, MicroBatch, Prompt, Reporter, Task},
+    task::{BatchLoss, ExportContext, MicroBatch, PartLosses, Prompt, Reporter, Task},
     validation::{self, Validation},
 };
 
 /// Held-out items that a validation looks at.
 pub(super) const VALIDATION_ITEMS: usize = 32;
-/// Parts of the schedule that a validation looks at and tells apart.
-const VALIDATION_BINS: usize = 4;
+/// Parts of the schedule whose losses are told apart.
+const SCHEDULE_PARTS: usize = 4;
 /// Pictures drawn at a time; with guidance the UNet sees twice as many.
 pub(super) const SAMPLE_BATCH: usize = 8;
 
@@ -76,11 +76,21 @@ pub fn denoising_loss(
     config: &LossConfig,
     batch: &DenoisingBatch,
 ) -> candle_core::Result<Tensor> {
+    Ok(denoising_losses(unet, schedule, config, batch)?.0)
+}
+
+/// [`denoising_loss`] and, untracked, what each sample has in it, (b,).
+fn denoising_losses(
+    unet: &UNet2DConditionModel,
+    schedule: &NoiseSchedule,
+    config: &LossConfig,
+    batch: &DenoisingBatch,
+) -> candle_core::Result<(Tensor, Tensor)> {
     let noisy = schedule.add_noise(&batch.latents, &batch.noise, &batch.timesteps)?;
     let target = schedule.target(&batch.latents, &batch.noise, &batch.timesteps)?;
     let t = Tensor::new(batch.timesteps.as_slice(), batch.latents.device())?;
     let prediction = unet.forward(&noisy, &t, &batch.encoder_hidden_states)?;
-    config.loss(
+    config.losses(
         schedule,
         &prediction,
         &target,
@@ -297,11 +307,11 @@ impl Sd1Task {
     fn validation_batch(&self, items: &[CachedItem], first: usize, bin: usize) -> Result<DenoisingBatch> {
         let (mut latents, mut noises, mut timesteps, mut texts) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for (i, item) in items.iter().enumerate() {
-            let counter = 1 + ((first + i) * VALIDATION_BINS + bin) as u64;
+            let counter = 1 + ((first + i) * SCHEDULE_PARTS + bin) as u64;
             let mut stream = Stream::new(self.settings.seed, Purpose::Validation, counter);
             let mean = &item.variants[0].mean;
             latents.push((mean * self.scaling_factor)?);
-            let part = (bin as f64 + stream.uniform()) / VALIDATION_BINS as f64;
+            let part = (bin as f64 + stream.uniform()) / SCHEDULE_PARTS as f64;
             timesteps.push((part * self.schedule.num_train_timesteps() as f64) as u32);
             noises.push(Tensor::from_vec(
                 stream.normals(mean.elem_count()),
@@ -420,9 +430,16 @@ impl Task for Sd1Task {
         self.fingerprints.clone()
     }
 
-    fn loss(&self, batch: &MicroBatch) -> Result<Tensor> {
+    fn loss(&self, batch: &MicroBatch) -> Result<BatchLoss> {
         let batch = self.inputs(batch)?;
-        Ok(denoising_loss(&self.unet, &self.schedule, &self.settings.loss, &batch)?)
+        let (mean, of_sample) = denoising_losses(&self.unet, &self.schedule, &self.settings.loss, &batch)?;
+        let n = self.schedule.num_train_timesteps();
+        let part = |t: &u32| (*t as usize * SCHEDULE_PARTS / n).min(SCHEDULE_PARTS - 1);
+        let parts = Some(PartLosses {
+            part_of: batch.timesteps.iter().map(part).collect(),
+            of_sample,
+        });
+        Ok(BatchLoss { mean, parts })
     }
 
     /// Noise has unit variance, and so have velocities of scaled latents; other losses weight them.
@@ -431,17 +448,22 @@ impl Task for Sd1Task {
         (plain && self.settings.loss == LossConfig::default()).then_some(1.0)
     }
 
-    fn validate(&self, with_adapter: bool, on_progress: &mut dyn FnMut() -> Result<()>) -> Result<Option<Validation>> {
+    fn validate(
+        &self,
+        with_adapter: bool,
+        micro_batch: usize,
+        on_progress: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Option<Validation>> {
         if self.held_out.is_empty() {
             return Ok(None);
         }
         // Every item meets one timestep of each part of the schedule; the last items are not needed for a good mean.
         let items = &self.held_out[..self.held_out.len().min(VALIDATION_ITEMS)];
-        let mut sums = [0.0; VALIDATION_BINS];
+        let mut sums = [0.0; SCHEDULE_PARTS];
         for (bin, sum) in sums.iter_mut().enumerate() {
             let mut first = 0;
             let batches = items.chunk_by(|a, b| a.size == b.size);
-            for items in batches.flat_map(|items| items.chunks(self.settings.batch_size)) {
+            for items in batches.flat_map(|items| items.chunks(micro_batch.max(1))) {
                 on_progress()?;
                 let batch = self.validation_batch(items, first, bin)?;
                 // The plain loss, whatever the job trains on: runs with other weights stay comparable.
@@ -459,7 +481,7 @@ impl Task for Sd1Task {
         }
         let bins: Vec<f64> = sums.iter().map(|sum| sum / items.len() as f64).collect();
         Ok(Some(Validation {
-            loss: bins.iter().sum::<f64>() / VALIDATION_BINS as f64,
+            loss: bins.iter().sum::<f64>() / SCHEDULE_PARTS as f64,
             bins,
         }))
     }
