@@ -7,7 +7,7 @@
 mod pull;
 mod select;
 
-use std::{fmt, str::FromStr, sync::Once, time::Duration};
+use std::{fmt, str::FromStr, time::Duration};
 
 use lorad_proto::problem::Problem;
 use reqwest::{StatusCode, header};
@@ -179,9 +179,6 @@ impl Hub {
         if !endpoint.starts_with("https://") && !endpoint.starts_with("http://") {
             return Err(bad(format!("{endpoint:?} begins with neither https:// nor http://.")));
         }
-        static PROVIDER: Once = Once::new();
-        // Fails only if another part of the program has chosen one.
-        PROVIDER.call_once(|| drop(rustls::crypto::ring::default_provider().install_default()));
         let http = reqwest::Client::builder()
             .user_agent(concat!("lorad/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(Duration::from_secs(15))

@@ -356,7 +356,7 @@ async fn a_worker_that_ran_out_of_memory_is_tried_once_more_with_half_the_micro_
 }
 
 /// Between what 48 and what 24 pictures of 128 pixels take at a time.
-const LIMIT_BYTES: u64 = 560 << 20;
+const LIMIT_BYTES: u64 = 500 << 20;
 
 /// The trainer itself, in a worker that may not allocate what its first micro-batch needs. Put into the queue past the API, which
 /// would have refused it.

@@ -18,10 +18,11 @@ use crate::{
     shadow::{Trace, Work},
 };
 
-/// What a process has resident before it does anything: program, runtime, tokenizer.
-const PROCESS_BYTES: u64 = 24 << 20;
-/// Resident memory in units of what is alive: blocks that the allocator holds for the next step, and gaps.
-const RETENTION: f64 = 1.1;
+/// What a process has resident besides: program, runtime, tokenizer, and what the allocator takes at least.
+const PROCESS_BYTES: u64 = 76 << 20;
+/// Resident memory in units of what passes alive: blocks that the allocator holds for the next step, and gaps. What is
+/// allocated once, as weights are, has none.
+const RETENTION: f64 = 1.25;
 /// Columns of a panel of packed weights; see `ops/packed.rs`.
 const PANEL: usize = 16;
 /// Flat vectors of all adapter values that are alive at once while the optimizer updates them.
@@ -40,11 +41,20 @@ pub struct Estimate {
     pub beside: Work,
 }
 
+/// What is alive at once in one phase of a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Phase {
+    /// Bytes that stay for the whole phase.
+    pub kept: u64,
+    /// Most bytes that come and go.
+    pub passing: u64,
+}
+
 /// What a family knows of a job.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Workload {
-    /// Bytes that are alive at once, phase by phase.
-    pub phases: Vec<u64>,
+    /// Phase by phase.
+    pub phases: Vec<Phase>,
     /// One optimizer step.
     pub step: Work,
     /// Everything else.
@@ -54,9 +64,9 @@ pub struct Workload {
 impl Estimate {
     /// From what is alive to what is resident.
     pub fn new(workload: &Workload) -> Self {
-        let live = workload.phases.iter().copied().max().unwrap_or(0);
+        let resident = |phase: &Phase| phase.kept + (phase.passing as f64 * RETENTION) as u64;
         Self {
-            memory_bytes: PROCESS_BYTES + (live as f64 * RETENTION) as u64,
+            memory_bytes: PROCESS_BYTES + workload.phases.iter().map(resident).max().unwrap_or(0),
             step: workload.step,
             beside: workload.beside,
         }
@@ -73,9 +83,10 @@ pub struct AdapterCost {
 }
 
 impl AdapterCost {
-    /// Kept during the whole run: values and state, and the copies that a rescue goes back to.
+    /// Kept during the whole run: values and state, the copies that a rescue goes back to, and those that a checkpoint is
+    /// written from.
     pub fn resident_bytes(&self) -> u64 {
-        2 * (1 + self.state_vectors) * 4 * self.parameters
+        3 * (1 + self.state_vectors) * 4 * self.parameters
     }
 
     /// Alive at once in the update of the parameters.
@@ -131,10 +142,10 @@ impl Machine {
         let values = |shape: (usize, usize)| Tensor::full(0.5_f32, shape, &Device::Cpu);
         let layer = FrozenLinear::new(&values((SIDE, SIDE))?, None)?;
         let x = values((SIDE, SIDE))?;
-        let product_s = mean_s(|| layer.forward(&x, None).map(drop))?;
+        let product_s = median_s(|| layer.forward(&x, None).map(drop))?;
         let (small, large) = (values((1, 16))?, values((512, 512))?);
-        let op_s = mean_s(|| ops::add(&small, &small).map(drop))?;
-        let pass_s = mean_s(|| ops::add(&large, &large).map(drop))?;
+        let op_s = median_s(|| ops::add(&small, &small).map(drop))?;
+        let pass_s = median_s(|| ops::add(&large, &large).map(drop))?;
         let plain = Self {
             factor: 1.0,
             flops_per_s: 2.0 * (SIDE * SIDE * SIDE) as f64 / product_s,
@@ -142,7 +153,7 @@ impl Machine {
             op_s,
         };
         let model = SmallModel::new()?;
-        let taken_s = mean_s(|| model.step())?;
+        let taken_s = median_s(|| model.step())?;
         Ok(Self {
             factor: taken_s / plain.seconds(SmallModel::work()),
             ..plain
@@ -220,8 +231,8 @@ impl SmallModel {
     }
 }
 
-/// Mean time of `f`, after a warm-up: on a busy machine the pauses belong to it.
-fn mean_s(mut f: impl FnMut() -> candle_core::Result<()>) -> candle_core::Result<f64> {
+/// Median time of `f`, after a warm-up.
+fn median_s(mut f: impl FnMut() -> candle_core::Result<()>) -> candle_core::Result<f64> {
     f()?;
     let (began, mut times) = (Instant::now(), Vec::new());
     while times.len() < 5 || (began.elapsed() < CALIBRATION / 4 && times.len() < 1000) {
@@ -229,8 +240,8 @@ fn mean_s(mut f: impl FnMut() -> candle_core::Result<()>) -> candle_core::Result
         black_box(f()?);
         times.push(start.elapsed().as_secs_f64());
     }
-    let total: f64 = times.iter().sum();
-    Ok((total / times.len() as f64).max(1e-9))
+    times.sort_by(f64::total_cmp);
+    Ok(times[times.len() / 2].max(1e-9))
 }
 
 #[cfg(test)]
@@ -239,11 +250,19 @@ mod tests {
 
     #[test]
     fn the_largest_phase_decides_and_padding_counts() {
-        let estimate = |phases: Vec<u64>| {
+        let estimate = |sizes: Vec<(u64, u64)>| {
             let (step, beside) = (Work::default(), Work::default());
+            let phases = sizes
+                .into_iter()
+                .map(|(kept, passing)| Phase { kept, passing })
+                .collect();
             Estimate::new(&Workload { phases, step, beside }).memory_bytes
         };
-        assert!(estimate(vec![1 << 30, 5]) == estimate(vec![7, 1 << 30]));
+        assert_eq!(
+            estimate(vec![(1 << 30, 5), (0, 9)]),
+            estimate(vec![(7, 8), (1 << 30, 5)])
+        );
+        assert!(estimate(vec![(0, 1 << 30)]) > estimate(vec![(1 << 30, 0)]));
         assert_eq!(packed_bytes(10, 17, 2), 10 * 32 * 2);
     }
 

@@ -231,7 +231,7 @@ impl Layout {
         self.vars
             .iter()
             .zip(self.views(flat)?)
-            // Not `copy`: that copies all of the flat vector for each of its parts.
+            // `copy` would clone all of the vector behind each view.
             .map(|((name, _), view)| Ok((format!("{name}.{kind}"), view.force_contiguous()?)))
             .collect()
     }

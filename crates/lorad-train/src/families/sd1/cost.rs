@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     Result,
-    estimate::{AdapterCost, Estimate, Workload, packed_bytes},
+    estimate::{AdapterCost, Estimate, Phase, Workload, packed_bytes},
     shadow::{Cost, Shadow, Trace, Work},
 };
 
@@ -282,14 +282,14 @@ pub(super) fn estimate(base: &BaseFolder, unet: &UNetCost<'_>, job: &JobFacts) -
     let latents = 2 * 4 * base.vae.latent_channels as u64 * side * side * job.variants;
     let kept_data = (job.items + job.held_out) * (latents + embedding);
     let text_kept = if job.keeps_text_encoder { text_weights } else { 0 };
+    // The encoder's half of the weights is dropped.
+    let decoder = if drawn > 0 { vae_weights / 2 } else { 0 };
     let (mut sampling, mut sampling_work) = (0, Work::default());
     if drawn > 0 {
         let forward = unet.pass(2 * at_once, side, false, false);
         let decode = vae_decode(&base.vae, threads, at_once, side);
-        // The encoder's half of the weights is dropped.
-        sampling = vae_weights / 2;
         sampling_work = (forward.work * job.inference_steps as f64 + decode.work) * (drawn as f64 / at_once as f64);
-        sampling += forward.peak_bytes.max(decode.peak_bytes);
+        sampling = forward.peak_bytes.max(decode.peak_bytes);
     }
     let validation = unet.pass(job.batch, side, true, true).work * 0.5;
     let check = unet.pass(job.batch.min(2), side, true, false);
@@ -308,19 +308,14 @@ pub(super) fn estimate(base: &BaseFolder, unet: &UNetCost<'_>, job: &JobFacts) -
     let of = |recompute: bool| {
         let step = unet.pass(job.batch, side, true, recompute);
         let work = step.work * job.accumulation as f64 + job.adapter.step_work();
+        let phase = |kept, passing| Phase { kept, passing };
+        let trained = kept_data + text_kept + decoder + job.adapter.resident_bytes() + unet_weights;
         Estimate::new(&Workload {
-            // Phase by phase: what is alive at once.
             phases: vec![
-                text_weights + text.peak_bytes.max(largest),
-                kept_data + text_kept + vae_weights + encode.peak_bytes.max(largest),
-                kept_data + text_kept + job.adapter.resident_bytes() + unet_weights + largest,
-                kept_data
-                    + text_kept
-                    + if drawn > 0 { vae_weights / 2 } else { 0 }
-                    + job.adapter.resident_bytes()
-                    + unet_weights
-                    + step.peak_bytes.max(job.adapter.step_bytes()),
-                kept_data + text_kept + job.adapter.resident_bytes() + unet_weights + sampling,
+                phase(text_weights, text.peak_bytes.max(largest)),
+                phase(kept_data + text_kept + vae_weights, encode.peak_bytes.max(largest)),
+                phase(trained, step.peak_bytes.max(job.adapter.step_bytes()).max(largest)),
+                phase(trained, sampling),
             ],
             step: work,
             beside: work_beside,
