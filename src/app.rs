@@ -18,7 +18,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use lorad_proto::catalog::Catalog;
+use lorad_proto::catalog::{Catalog, Memory, Plan};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -26,6 +26,7 @@ use crate::{
     blobs::Blobs,
     config::Config,
     domain::{Action, CancelMode, Job, JobId, JobPatch, NewJob},
+    downloads::Downloads,
     events::Events,
     space::Ballast,
     store::{IdempotencyKey, Store, StoreError, StoredAnswer},
@@ -124,6 +125,8 @@ pub struct App {
     pub events: Events,
     /// What can be trained.
     pub catalog: Arc<dyn Catalog>,
+    /// Base models on their way from a hub.
+    pub downloads: Downloads,
     /// Wakes the scheduler.
     pub wake: Arc<Notify>,
     /// Cancelled when the server shuts down: streams end.
@@ -137,6 +140,24 @@ impl std::fmt::Debug for App {
 }
 
 impl App {
+    /// Memory that a worker on the CPU may have.
+    pub(crate) fn memory(&self) -> Option<Memory> {
+        let limit = match self.config.scheduler.worker_memory_bytes {
+            0 => u64::MAX,
+            bytes => bytes,
+        };
+        self.catalog.memory().map(|memory| Memory {
+            total_bytes: memory.total_bytes.min(limit),
+            available_bytes: memory.available_bytes.min(limit),
+        })
+    }
+
+    /// Whether a job would start on the CPU if there were more memory: other programs, or other jobs, have it now.
+    pub(crate) fn waits_for_memory(&self, plan: &Plan) -> bool {
+        self.memory()
+            .is_some_and(|memory| plan.memory_bytes > memory.available_bytes)
+    }
+
     /// Stores a job and starts it as soon as a device is free.
     ///
     /// # Errors

@@ -137,6 +137,8 @@ pub struct Scheduler {
     pub devices: Vec<String>,
     /// Threads of CPU kernels; 0: one per core.
     pub threads: u64,
+    /// Bytes, 0..=1125899906842624.
+    pub worker_memory_bytes: u64,
     /// Niceness of workers, 0..=19.
     pub nice: u64,
     /// Milliseconds, 50..=60000.
@@ -165,6 +167,8 @@ pub struct Scheduler {
 pub struct Models {
     /// Folders under which base models may be registered.
     pub roots: Vec<PathBuf>,
+    /// Address of a hub; empty: the default; `off`: none.
+    pub hub_endpoint: String,
 }
 
 /// `[webhooks]`
@@ -346,6 +350,12 @@ impl Config {
         range("scheduler.heartbeat_ms", scheduler.heartbeat_ms, 100, 60_000);
         range("scheduler.adopt_window_ms", scheduler.adopt_window_ms, 0, 3_600_000);
         range("scheduler.kill_grace_ms", scheduler.kill_grace_ms, 0, 600_000);
+        range(
+            "scheduler.worker_memory_bytes",
+            scheduler.worker_memory_bytes,
+            0,
+            1 << 50,
+        );
         range("scheduler.max_failed_attempts", scheduler.max_failed_attempts, 1, 1000);
         range("scheduler.retry_backoff_ms", scheduler.retry_backoff_ms, 0, 600_000);
         let webhooks = &self.webhooks;

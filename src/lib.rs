@@ -14,6 +14,7 @@
 //! - `checkpoint` · whether a checkpoint on disk is whole.
 //! - [`blobs`] and [`builtin`] · published files, the bundled base model.
 //! - [`http`] · the API and the dashboard.
+//! - [`hub`] and [`downloads`] · base models from a hub.
 //! - [`ingest`] · uploaded archives into datasets.
 //! - [`space`] · room on the disk, and the ballast file.
 //! - [`webhooks`] · outward calls.
@@ -29,9 +30,11 @@ pub mod builtin;
 mod checkpoint;
 pub mod config;
 pub mod domain;
+pub mod downloads;
 pub mod events;
 pub mod executor;
 pub mod http;
+pub mod hub;
 pub mod ingest;
 pub mod network;
 pub mod scheduler;

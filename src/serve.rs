@@ -25,6 +25,7 @@ use crate::{
     blobs::{self, BlobError, Blobs},
     builtin::{self, BuiltinError},
     config::{Auth, Config},
+    downloads::{self, Downloads},
     events::Events,
     executor::local::LocalExecutor,
     scheduler::{self, Scheduler},
@@ -169,6 +170,7 @@ pub async fn serve(config: Config) -> Result<ServerHandle, ServeError> {
         store,
         events: Events::default(),
         catalog: Arc::new(TrainerCatalog),
+        downloads: Downloads::default(),
         wake: Arc::new(Notify::new()),
         shutdown: CancellationToken::new(),
     };
@@ -184,6 +186,7 @@ pub async fn serve(config: Config) -> Result<ServerHandle, ServeError> {
     prepare_content(&app).await?;
     scheduler::sweep(&app).await;
     let mut tasks = start_jobs(&app)?;
+    downloads::resume(&app).await?;
     let webhooks = Webhooks::new(app.clone()).map_err(ServeError::Webhooks)?;
     tasks.push(tokio::spawn(webhooks.run()));
     tasks.push(spawn_public(&app, listener));

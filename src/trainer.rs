@@ -6,7 +6,7 @@
 use std::{path::Path, sync::Arc};
 
 use lorad_proto::{
-    catalog::{BaseModelInfo, Catalog, FamilyInfo, Plan},
+    catalog::{BaseModelInfo, Catalog, FamilyInfo, Memory, Plan},
     command::Command,
     dataset::ImageVerdict,
     event::WorkerEvent,
@@ -27,8 +27,7 @@ pub trait Reporter: Send + Sync {
 }
 
 /// Stack of the training thread: backward and drop recurse over the graph.
-#[cfg(feature = "train")]
-const TRAINING_STACK_BYTES: usize = 256 << 20;
+pub(crate) const TRAINING_STACK_BYTES: u64 = 256 << 20;
 
 /// The trainer's families, as the server sees them.
 #[derive(Debug, Clone, Copy, Default)]
@@ -93,9 +92,13 @@ impl Catalog for TrainerCatalog {
         base: &BaseModelInfo,
         hyperparameters: &Map<String, Value>,
         sampling: &Sampling,
-        n_items: u32,
+        dataset: &Path,
     ) -> Result<Plan, Problem> {
-        imp::plan(family, base_path, base, hyperparameters, sampling, n_items)
+        imp::plan(family, base_path, base, hyperparameters, sampling, dataset)
+    }
+
+    fn memory(&self) -> Option<Memory> {
+        imp::memory()
     }
 
     fn inspect_image(&self, file: &Path, thumbnail: Option<&Path>) -> ImageVerdict {
@@ -110,8 +113,8 @@ mod imp {
     use lorad_train::{data, families};
 
     use super::{
-        Arc, AttemptSpec, BaseModelInfo, Command, FamilyInfo, FieldError, ImageVerdict, Map, Path, Plan, Problem,
-        Reporter, Sampling, TRAINING_STACK_BYTES, Value, WorkerEvent,
+        Arc, AttemptSpec, BaseModelInfo, Command, FamilyInfo, FieldError, ImageVerdict, Map, Memory, Path, Plan,
+        Problem, Reporter, Sampling, TRAINING_STACK_BYTES, Value, WorkerEvent,
     };
 
     /// Hands the server's reporter to the trainer.
@@ -134,7 +137,7 @@ mod imp {
         };
         let thread = thread::Builder::new()
             .name("train".to_owned())
-            .stack_size(TRAINING_STACK_BYTES)
+            .stack_size(usize::try_from(TRAINING_STACK_BYTES).unwrap_or(usize::MAX))
             .spawn(train);
         match thread.map(thread::JoinHandle::join) {
             Ok(Ok(event)) => event,
@@ -219,9 +222,16 @@ mod imp {
         base: &BaseModelInfo,
         hyperparameters: &Map<String, Value>,
         sampling: &Sampling,
-        n_items: u32,
+        dataset: &Path,
     ) -> Result<Plan, Problem> {
-        families::by_id(family)?.plan(base_path, base, hyperparameters, sampling, n_items)
+        families::by_id(family)?.plan(base_path, base, hyperparameters, sampling, dataset)
+    }
+
+    pub(super) fn memory() -> Option<Memory> {
+        Some(Memory {
+            total_bytes: lorad_train::memory::total_bytes()?,
+            available_bytes: lorad_train::memory::available_bytes()?,
+        })
     }
 
     pub(super) fn inspect_image(file: &Path, thumbnail: Option<&Path>) -> ImageVerdict {
@@ -232,8 +242,8 @@ mod imp {
 #[cfg(not(feature = "train"))]
 mod imp {
     use super::{
-        Arc, AttemptSpec, BaseModelInfo, FamilyInfo, FieldError, ImageVerdict, Map, Path, Plan, Problem, Reporter,
-        Sampling, Value, WorkerEvent,
+        Arc, AttemptSpec, BaseModelInfo, FamilyInfo, FieldError, ImageVerdict, Map, Memory, Path, Plan, Problem,
+        Reporter, Sampling, Value, WorkerEvent,
     };
 
     fn not_built() -> Problem {
@@ -294,9 +304,13 @@ mod imp {
         _: &BaseModelInfo,
         _: &Map<String, Value>,
         _: &Sampling,
-        _: u32,
+        _: &Path,
     ) -> Result<Plan, Problem> {
         Err(not_built())
+    }
+
+    pub(super) fn memory() -> Option<Memory> {
+        None
     }
 
     pub(super) fn inspect_image(_: &Path, _: Option<&Path>) -> ImageVerdict {

@@ -45,6 +45,8 @@ pub const ENV_HEARTBEAT_MS: &str = "LORAD_HEARTBEAT_MS";
 pub const ENV_LEASE_MS: &str = "LORAD_LEASE_MS";
 /// Niceness to take on.
 pub const ENV_NICE: &str = "LORAD_NICE";
+/// Most bytes to allocate; 0: no limit.
+pub const ENV_MEMORY_BYTES: &str = "LORAD_MEMORY_BYTES";
 
 /// Why a worker could not even begin.
 #[derive(Debug, thiserror::Error)]
@@ -110,6 +112,9 @@ fn begin(attempt_dir: &Path) -> Result<(AttemptSpec, Poster, tokio::runtime::Run
     {
         tracing::warn!(nice, %error, "the niceness was not changed");
     }
+    if let Some(bytes) = std::env::var(ENV_MEMORY_BYTES).ok().and_then(|text| text.parse().ok()) {
+        limit_memory(bytes);
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -129,6 +134,22 @@ fn begin(attempt_dir: &Path) -> Result<(AttemptSpec, Poster, tokio::runtime::Run
         spool: Arc::new(spool),
     };
     Ok((spec, poster, runtime))
+}
+
+/// Lets the system refuse this process more than `bytes` of memory to write to (0: no limit), besides the stack of the
+/// training thread, which is mostly never touched.
+fn limit_memory(bytes: u64) {
+    if bytes == 0 {
+        return;
+    }
+    let limit = Some(bytes.saturating_add(trainer::TRAINING_STACK_BYTES));
+    let limit = rustix::process::Rlimit {
+        current: limit,
+        maximum: limit,
+    };
+    if let Err(error) = rustix::process::setrlimit(rustix::process::Resource::Data, limit) {
+        tracing::warn!(bytes, %error, "the memory of this worker is not limited");
+    }
 }
 
 fn read_spec(path: &Path) -> Result<AttemptSpec, StartError> {

@@ -257,10 +257,37 @@ pub(crate) struct Doctor {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  lorad models
+  lorad models pull owner/name               Download what the branch main is now
+  lorad models pull owner/name@v1.0 --id mine
+
+HF_ENDPOINT names another hub, HF_TOKEN is a token for private and gated models.")]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct Models {
+    #[command(subcommand)]
+    pub(crate) command: Option<ModelsCommand>,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) settings: Settings,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ModelsCommand {
+    /// Download a base model from a hub into the data folder. An interrupted download goes on where it was.
+    Pull(Pull),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Pull {
+    /// `owner/name` or `owner/name@revision` (branch, tag or commit).
+    pub(crate) hub_id: String,
+    /// What to call it; its name on the hub, if not given.
+    #[arg(long)]
+    pub(crate) id: Option<String>,
     #[command(flatten)]
     pub(crate) settings: Settings,
 }

@@ -3,12 +3,16 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::atomic::Ordering,
 };
 
 use anyhow::{Context, Result, bail};
+use indicatif::{ProgressBar, ProgressStyle};
 use lorad::{
     builtin::{self, BUNDLED_MODEL},
     config::Config,
+    domain::ModelId,
+    hub::{self, Hub, HubId},
     trainer::TrainerCatalog,
 };
 use lorad_proto::{
@@ -17,11 +21,12 @@ use lorad_proto::{
 };
 use serde::Serialize;
 use sha2::{Digest, Sha256};
+use tokio_util::sync::CancellationToken;
 
 use super::{
     Exit,
-    args::{Models, Settings},
-    config, print_problem_details,
+    args::{Models, ModelsCommand, Pull, Settings},
+    config, print_problem_details, runtime,
     tables::{size, table},
 };
 
@@ -39,6 +44,9 @@ pub(crate) struct Found {
 
 /// Runs the command.
 pub(crate) fn run(args: &Models) -> Result<Exit> {
+    if let Some(ModelsCommand::Pull(pull)) = &args.command {
+        return self::pull(pull);
+    }
     let found = find(&config::load(&args.settings, &[])?)?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&found)?);
@@ -54,6 +62,71 @@ pub(crate) fn run(args: &Models) -> Result<Exit> {
     Ok(Exit::Ok)
 }
 
+/// Downloads a model into the data folder; the folder's name is the model's id.
+fn pull(args: &Pull) -> Result<Exit> {
+    let hub_id: HubId = args
+        .hub_id
+        .parse()
+        .map_err(|why: String| anyhow::anyhow!("{:?}: {why}", args.hub_id))?;
+    let id: ModelId = args.id.clone().unwrap_or_else(|| hub_id.slug()).parse()?;
+    let config = config::load(&args.settings, &[])?;
+    let models = config.storage.data_dir.join("models");
+    let (dir, staging) = (models.join(id.as_str()), models.join(format!(".hub-{id}")));
+    if dir.exists() {
+        bail!("{} is there already; choose another name with --id", dir.display());
+    }
+    let bar = ProgressBar::new(0);
+    if let Ok(style) =
+        ProgressStyle::with_template("{prefix:>10} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec}")
+    {
+        bar.set_style(style.progress_chars("━╸ "));
+    }
+    let done = runtime()?.block_on(async {
+        let hub = Hub::new(&config.models.hub_endpoint)?;
+        let snapshot = hub.snapshot(&hub_id).await?;
+        let files = hub::choose(&snapshot)?;
+        eprintln!("{}@{}: {} files", snapshot.repository, snapshot.commit, files.len());
+        let (progress, cancel) = (hub::Progress::default(), CancellationToken::new());
+        let pull = hub::pull(&hub, &snapshot, &files, &staging, &progress, &cancel);
+        tokio::pin!(pull);
+        loop {
+            tokio::select! {
+                done = &mut pull => return done.map(|()| snapshot.clone()),
+                () = tokio::time::sleep(std::time::Duration::from_millis(100)) => {
+                    bar.set_length(progress.total_bytes.load(Ordering::Relaxed));
+                    bar.set_position(progress.done_bytes.load(Ordering::Relaxed));
+                }
+                _ = tokio::signal::ctrl_c() => cancel.cancel(),
+            }
+        }
+    });
+    bar.finish_and_clear();
+    let snapshot = match done {
+        Ok(snapshot) => snapshot,
+        Err(problem) if problem.code == "hub.cancelled" => {
+            eprintln!("stopped; the same command goes on from here");
+            return Ok(Exit::Cancelled);
+        }
+        Err(problem) => return Err(problem.into()),
+    };
+    let info = TrainerCatalog.inspect_base(&staging)?;
+    fs::rename(&staging, &dir).with_context(|| format!("create {}", dir.display()))?;
+    eprintln!(
+        "{} ({}, {} px, {}){}",
+        id,
+        info.family,
+        info.resolution,
+        size(info.bytes),
+        if snapshot.licence.is_empty() {
+            String::new()
+        } else {
+            format!(", licence {}", snapshot.licence)
+        }
+    );
+    println!("{}", dir.display());
+    Ok(Exit::Ok)
+}
+
 /// The bundled base, what lies in the data folder's `models/`, and what lies below the roots of the settings.
 pub(crate) fn find(config: &Config) -> Result<Vec<Found>> {
     let models = config.storage.data_dir.join("models");
@@ -64,6 +137,12 @@ pub(crate) fn find(config: &Config) -> Result<Vec<Found>> {
         folders.sort();
         for folder in folders
             .into_iter()
+            // What is being imported or downloaded has a dot in front.
+            .filter(|folder| {
+                !folder
+                    .file_name()
+                    .is_some_and(|name| name.as_encoded_bytes().starts_with(b"."))
+            })
             .filter(|folder| folder.join("model_index.json").is_file())
         {
             let id = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();

@@ -13,6 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use lorad::{
+    domain::estimate,
     executor::KEEP_FREED_MEMORY,
     ingest::{self, IngestError, Limits, Source, inspect::ChildInspector},
     trainer::{Reporter, TrainerCatalog, run_attempt},
@@ -59,7 +60,7 @@ pub(crate) fn run(args: &Train) -> Result<Exit> {
         .tempdir_in(&out)
         .context("make a working folder")?;
     let dataset = work.path().join("dataset");
-    let (n_items, n_samples) = prepare_data(&args.data, work.path(), &dataset)?;
+    let n_items = prepare_data(&args.data, work.path(), &dataset)?;
 
     let sampling = Sampling {
         prompts: args.prompt.clone(),
@@ -67,16 +68,20 @@ pub(crate) fn run(args: &Train) -> Result<Exit> {
         seed: args.sample_seed,
         ..Sampling::default()
     };
-    let plan = TrainerCatalog.plan(&base.family, &base_dir, &base, &hyperparameters, &sampling, n_samples)?;
+    let plan = TrainerCatalog.plan(&base.family, &base_dir, &base, &hyperparameters, &sampling, &dataset)?;
     for warning in &plan.warnings {
         eprintln!("warning: {warning}");
     }
     eprintln!(
-        "{n_items} pictures, {} steps, {} trainable parameters, about {} of memory",
+        "{n_items} pictures, {} steps, {} trainable parameters, about {} of memory and {:.1} minutes",
         plan.total_steps,
         plan.trainable_params,
-        size(plan.memory_bytes)
+        size(plan.memory_bytes),
+        plan.duration_s() / 60.0
     );
+    if args.device == "cpu" {
+        estimate::fits(&plan, TrainerCatalog.memory().map(|memory| memory.total_bytes))?;
+    }
     if args.dry_run {
         let plan = serde_json::json!({ "base": base, "hyperparameters": hyperparameters, "plan": plan });
         println!("{}", serde_json::to_string_pretty(&plan)?);
@@ -115,6 +120,7 @@ pub(crate) fn run(args: &Train) -> Result<Exit> {
         attempt_dir: attempt_dir.clone(),
         init_adapter,
         resume_from: None,
+        after_out_of_memory: false,
     };
     let metrics = match &args.metrics {
         Some(path) => Some(fs::File::create(path).with_context(|| format!("create {}", path.display()))?),
@@ -166,8 +172,8 @@ fn resolve(base: &BaseModelInfo, given: &Map<String, Value>) -> Result<Map<Strin
     })
 }
 
-/// Ingests the data like an upload; returns the number of items, and of samples in an epoch.
-fn prepare_data(data: &Path, work: &Path, dataset: &Path) -> Result<(u32, u32)> {
+/// Ingests the data like an upload; returns the number of items.
+fn prepare_data(data: &Path, work: &Path, dataset: &Path) -> Result<u32> {
     let staging = work.join("staging");
     fs::create_dir_all(&staging).context("make a working folder")?;
     let source = if data.is_dir() {
@@ -177,7 +183,7 @@ fn prepare_data(data: &Path, work: &Path, dataset: &Path) -> Result<(u32, u32)> 
     };
     let inspector = ChildInspector::new(std::env::current_exe().context("find this program")?);
     match ingest::ingest(source, &staging, dataset, &Limits::default(), &inspector) {
-        Ok(ingested) => Ok((ingested.report.n_items, ingested.report.samples())),
+        Ok(ingested) => Ok(ingested.report.n_items),
         Err(IngestError::Refused(refusal)) => Err(refusal.problem.into()),
         Err(error) => Err(error).with_context(|| format!("read {}", data.display())),
     }

@@ -28,6 +28,8 @@ pub enum Exit {
     Code(i32),
     /// By this signal.
     Signal(i32),
+    /// By this signal, because memory ran out.
+    OutOfMemory(i32),
     /// It is gone, and nobody saw how (it outlived the server that started it).
     Unknown,
     /// It could not be started.
@@ -43,6 +45,7 @@ impl std::fmt::Display for Exit {
         match self {
             Self::Code(code) => write!(f, "exit code {code}"),
             Self::Signal(signal) => write!(f, "signal {signal}{}", signal_name(*signal)),
+            Self::OutOfMemory(signal) => write!(f, "signal {signal}{}: out of memory", signal_name(*signal)),
             Self::Unknown => f.write_str("gone"),
             Self::NotStarted(why) => write!(f, "not started: {why}"),
             Self::NoSpace(why) => write!(f, "no room on the disk: {why}"),
@@ -50,6 +53,20 @@ impl std::fmt::Display for Exit {
         }
     }
 }
+
+impl Exit {
+    /// Tells a process that was refused memory from another crash, by the last words of Rust's runtime.
+    #[must_use]
+    pub fn explained_by(self, log_tail: &str) -> Self {
+        match self {
+            Self::Signal(SIGABRT) if log_tail.contains("memory allocation of ") => Self::OutOfMemory(SIGABRT),
+            other => other,
+        }
+    }
+}
+
+/// What `abort()` raises.
+const SIGABRT: i32 = 6;
 
 fn signal_name(signal: i32) -> &'static str {
     match signal {
@@ -79,6 +96,8 @@ pub struct Ended<'a> {
     pub has_checkpoint: bool,
     /// Interruptions in a row without a new checkpoint, before this one.
     pub failed_attempts: u32,
+    /// Times that an attempt ran out of memory, before this one.
+    pub memory_rescues: u32,
     /// How it ended.
     pub exit: &'a Exit,
     /// Last lines of its log.
@@ -107,6 +126,11 @@ pub enum Outcome {
         delay_ms: i64,
         /// The new count of interruptions in a row.
         failed_attempts: u32,
+        /// For the event.
+        reason: String,
+    },
+    /// It goes back to the queue, and the next attempt begins with half the micro-batch.
+    Shrink {
         /// For the event.
         reason: String,
     },
@@ -175,6 +199,15 @@ pub fn after_exit(ended: &Ended<'_>, limits: RetryLimits) -> Outcome {
         return Outcome::Cancel;
     }
     let problem = exit_problem(ended.exit, ended.log_tail);
+    if matches!(ended.exit, Exit::OutOfMemory(_)) {
+        // The same again would end the same way.
+        return if ended.memory_rescues == 0 {
+            let reason = format!("{}: {}; the micro-batch is halved", problem.code, ended.exit);
+            Outcome::Shrink { reason }
+        } else {
+            Outcome::Fail(problem)
+        };
+    }
     if gives_up || matches!(ended.exit, Exit::Code(EXIT_USAGE)) {
         return Outcome::Fail(problem);
     }
@@ -203,6 +236,15 @@ pub fn exit_problem(exit: &Exit, log_tail: &str) -> Problem {
         format!(" Its last lines: {log_tail}")
     };
     match exit {
+        Exit::OutOfMemory(_) => Problem::new(
+            "worker.out_of_memory",
+            "The training process ran out of memory",
+            format!("The worker ended by {exit}.{said}"),
+        )
+        .with_hint(
+            "Set gradient_checkpointing to on, mixed_precision to bf16, lower batch_size (and raise \
+             gradient_accumulation_steps) or resolution; or raise scheduler.worker_memory_bytes, if it is set.",
+        ),
         Exit::Signal(9) => Problem::new(
             "worker.killed",
             "The training process was killed",
@@ -282,6 +324,7 @@ mod tests {
             progressed: false,
             has_checkpoint: false,
             failed_attempts: 0,
+            memory_rescues: 0,
             exit,
             log_tail: "",
         }
@@ -344,6 +387,26 @@ mod tests {
             ..state
         };
         assert_eq!(after_exit(&cancelled, LIMITS), Outcome::Cancel);
+    }
+
+    #[test]
+    fn a_worker_that_ran_out_of_memory_gets_half_the_micro_batch_once() {
+        let exit = Exit::Signal(6).explained_by("memory allocation of 123 bytes failed\n");
+        assert_eq!(exit, Exit::OutOfMemory(6));
+        assert_eq!(Exit::Signal(6).explained_by("assertion failed"), Exit::Signal(6));
+        let mut state = ended(&exit);
+        let Outcome::Shrink { reason } = after_exit(&state, LIMITS) else {
+            panic!("not shrunk")
+        };
+        assert!(reason.contains("out of memory"), "{reason}");
+        state.memory_rescues = 1;
+        let Outcome::Fail(problem) = after_exit(&state, LIMITS) else {
+            panic!("not failed")
+        };
+        assert_eq!(problem.code, "worker.out_of_memory");
+        state.memory_rescues = 0;
+        state.desired = Desired::CancelDiscard;
+        assert_eq!(after_exit(&state, LIMITS), Outcome::Cancel);
     }
 
     #[test]

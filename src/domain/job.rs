@@ -322,6 +322,8 @@ pub struct Job {
     pub attempt: u32,
     /// Interruptions in a row without a new checkpoint.
     pub failed_attempts: u32,
+    /// Times that an attempt ran out of memory and the next one began with half the micro-batch.
+    pub memory_rescues: u32,
     /// It is not claimed before this time (backoff).
     pub not_before_ms: i64,
     /// When the worker's lease ends, if it has one.

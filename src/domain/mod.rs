@@ -6,6 +6,8 @@ pub mod access;
 pub mod artifact;
 pub mod attempt;
 pub mod dataset;
+pub mod download;
+pub mod estimate;
 pub mod event;
 pub mod id;
 pub mod job;

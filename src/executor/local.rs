@@ -118,6 +118,7 @@ impl Executor for LocalExecutor {
             .env(crate::agent::ENV_HEARTBEAT_MS, launch.heartbeat_ms.to_string())
             .env(crate::agent::ENV_LEASE_MS, launch.lease_ms.to_string())
             .env(crate::agent::ENV_NICE, launch.nice.to_string())
+            .env(crate::agent::ENV_MEMORY_BYTES, launch.memory_bytes.to_string())
             .env(super::KEEP_FREED_MEMORY.0, super::KEEP_FREED_MEMORY.1)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
@@ -127,6 +128,7 @@ impl Executor for LocalExecutor {
         if launch.threads > 0 {
             command.env("RAYON_NUM_THREADS", launch.threads.to_string());
         }
+        let kills = process::out_of_memory_kills();
         let mut child = command.spawn()?;
         let pid = child
             .id()
@@ -138,7 +140,11 @@ impl Executor for LocalExecutor {
         self.with_slots(|slots| slots.insert(launch.key, Slot { process, exit: None }));
         self.watch(launch.key, async move {
             match child.wait().await {
-                Ok(status) => exit_of(status),
+                Ok(status) => match exit_of(status) {
+                    // Nobody else may have been killed meanwhile, so this is a guess, and a good one.
+                    Exit::Signal(9) if process::out_of_memory_kills() > kills => Exit::OutOfMemory(9),
+                    exit => exit,
+                },
                 Err(_) => Exit::Unknown,
             }
         });
@@ -249,6 +255,7 @@ mod tests {
             token: "secret".to_owned(),
             socket: dir.path().join("agent.sock"),
             threads: 2,
+            memory_bytes: 0,
             nice: 0,
             heartbeat_ms: 100,
             lease_ms: 1000,

@@ -35,6 +35,8 @@ pub struct Launch {
     pub socket: PathBuf,
     /// Threads for CPU kernels; 0: one per core.
     pub threads: u64,
+    /// Most bytes that it may allocate; 0: no limit.
+    pub memory_bytes: u64,
     /// Its niceness.
     pub nice: u64,
     /// Pause between its posts when it has nothing to say, milliseconds.

@@ -68,6 +68,13 @@ pub(super) fn is_alive(raw: u32, start: Option<u64>) -> bool {
     }
 }
 
+/// Processes of this container that the kernel has killed because memory ran out; 0 where it does not say.
+pub(crate) fn out_of_memory_kills() -> u64 {
+    let events = std::fs::read_to_string("/sys/fs/cgroup/memory.events").unwrap_or_default();
+    let count = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
+    count.and_then(|n| n.trim().parse().ok()).unwrap_or(0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

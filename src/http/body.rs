@@ -316,11 +316,16 @@ pub(super) fn require_space(app: &App, headers: &HeaderMap) -> ApiResult<()> {
         .get(header::CONTENT_LENGTH)
         .and_then(|v| v.to_str().ok()?.parse::<u64>().ok())
         .unwrap_or(0);
+    require_room(app, announced)
+}
+
+/// Refuses what would leave too little space on the disk.
+pub(super) fn require_room(app: &App, announced: u64) -> ApiResult<()> {
     let free = crate::space::free_bytes(&app.data.tmp()).map_err(ApiError::internal)?;
     let needed = announced.saturating_add(app.config.storage.min_free_bytes);
     if free < needed {
         let detail = format!(
-            "The upload ({} MiB) must leave {} MiB free on the disk; {} MiB are free.",
+            "What comes in ({} MiB) must leave {} MiB free on the disk; {} MiB are free.",
             announced >> 20,
             app.config.storage.min_free_bytes >> 20,
             free >> 20

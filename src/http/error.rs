@@ -76,7 +76,10 @@ codes! {
     DatasetTooLarge = "dataset.too_large", PAYLOAD_TOO_LARGE, "The dataset is too large", "Upload fewer or smaller pictures.";
     DatasetNotAnArchive = "dataset.not_an_archive", UNSUPPORTED_MEDIA_TYPE, "Not a supported archive", "Upload a .zip, .tar or .tar.gz file.";
     BaseModelUnfit = "base_model.unfit", UNPROCESSABLE_ENTITY, "The base model cannot be used", "";
+    HubRefused = "hub.refused", UNPROCESSABLE_ENTITY, "The hub's model cannot be used", "";
+    HubUnreachable = "hub.unreachable", BAD_GATEWAY, "The hub cannot be reached", "";
     ModelPathNotAllowed = "model.path_not_allowed", FORBIDDEN, "The folder is outside the allowed roots", "Add its parent to `models.roots` in the configuration.";
+    MemoryTooSmall = "memory.too_small", UNPROCESSABLE_ENTITY, "The job does not fit into memory", "Lower batch_size or resolution, or turn gradient_checkpointing on.";
     StorageFull = "storage.full", INSUFFICIENT_STORAGE, "The server's disk is full", "Free space in the data directory, then try again.";
     TooManyStreams = "streams.too_many", SERVICE_UNAVAILABLE, "Too many event streams are open", "Close some, then try again.";
     QueueFull = "queue.full", TOO_MANY_REQUESTS, "The queue is full", "Wait until jobs have finished, or cancel some.";

@@ -187,6 +187,14 @@ pub(super) struct PlanDto {
     pub trainable_params: u64,
     /// Estimated peak memory.
     pub memory_bytes: u64,
+    /// Estimated time of an optimizer step, seconds.
+    pub step_s: f64,
+    /// Estimated time of the whole job, seconds: steps, loading, encoding, pictures, validation.
+    pub duration_s: f64,
+    /// Whether finished jobs on this server corrected the times; otherwise they rest on a short calibration of the machine.
+    pub measured: bool,
+    /// What a step works on.
+    pub workload: String,
     /// Things worth knowing before starting.
     pub warnings: Vec<String>,
 }
@@ -198,6 +206,10 @@ impl From<&Plan> for PlanDto {
             batches_per_epoch: p.batches_per_epoch,
             trainable_params: p.trainable_params,
             memory_bytes: p.memory_bytes,
+            step_s: p.step_s,
+            duration_s: p.duration_s(),
+            measured: (p.correction - 1.0).abs() > f64::EPSILON,
+            workload: p.workload.clone(),
             warnings: p.warnings.clone(),
         }
     }
@@ -209,6 +221,9 @@ impl From<&Plan> for PlanDto {
 pub(super) struct QueuePlaceDto {
     /// From 1: the next to start.
     pub position: usize,
+    /// `memory`: it would start if there were more of it free.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waits_for: Option<&'static str>,
 }
 
 /// How far a running attempt is.
@@ -316,7 +331,10 @@ impl JobDto {
             plan: (&job.plan).into(),
             step: job.step,
             total_steps: job.total_steps,
-            queue: position.map(|position| QueuePlaceDto { position }),
+            queue: position.map(|position| QueuePlaceDto {
+                position,
+                waits_for: None,
+            }),
             attempt: job.attempt,
             created_at: rfc3339(job.created_at_ms),
             started_at: job.started_at_ms.map(rfc3339),
@@ -353,10 +371,16 @@ pub(super) async fn describe(app: &App, job: &Job) -> ApiResult<JobDto> {
     };
     let progress = app.events.newest_progress(job.id);
     let alerts = app.store.newest_events(job.id, EventKind::Alert, MAX_ALERTS).await?;
-    Ok(JobDto {
-        alerts: alerts.iter().map(AlertDto::from).collect(),
-        ..JobDto::new(job, (&dataset).into(), position, progress.as_deref())
-    })
+    let mut dto = JobDto::new(job, (&dataset).into(), position, progress.as_deref());
+    dto.alerts = alerts.iter().map(AlertDto::from).collect();
+    if let Some(place) = dto.queue.as_mut().filter(|place| place.position == 1)
+        && app.config.scheduler.devices == ["cpu"]
+        && app.waits_for_memory(&job.plan)
+        && app.store.live_attempts().await?.is_empty()
+    {
+        place.waits_for = Some("memory");
+    }
+    Ok(dto)
 }
 
 async fn describe_all(app: &App, jobs: &[Job]) -> ApiResult<Vec<JobDto>> {

@@ -11,6 +11,7 @@ use axum::{
     response::{IntoResponse as _, Response},
 };
 use lorad_proto::{
+    catalog::Plan,
     problem::FieldError,
     spec::{Export, Sampling},
 };
@@ -31,7 +32,7 @@ use super::{
 };
 use crate::{
     app::App,
-    domain::{Action, Dataset, Job, JobId, JobStatus, KeyId, Model, ModelId, ModelKind, NewJob},
+    domain::{Action, Dataset, Job, JobId, JobStatus, KeyId, Model, ModelId, ModelKind, NewJob, estimate},
     ingest::library,
     store::{Begin, IdempotencyKey, StoreError, StoredAnswer},
 };
@@ -443,7 +444,7 @@ async fn check(app: &App, request: Value, dataset: DatasetOf<'_>, parent: Option
     let Some(dataset) = found else {
         return Ok(Checked::WithoutDataset);
     };
-    let plan = plan(app, &model, &hyperparameters, &sampling, dataset.report.samples()).await?;
+    let plan = plan(app, &model, &hyperparameters, &sampling, &dataset).await?;
     let mut request = request;
     if let Value::Object(object) = &mut request {
         object.insert("dataset_id".to_owned(), dataset.id.to_string().into());
@@ -474,11 +475,12 @@ async fn plan(
     model: &Model,
     hyperparameters: &Map<String, Value>,
     sampling: &Sampling,
-    n_items: u32,
-) -> ApiResult<lorad_proto::catalog::Plan> {
+    dataset: &Dataset,
+) -> ApiResult<Plan> {
     let catalog = Arc::clone(&app.catalog);
     let (model, hyperparameters, sampling) = (model.clone(), hyperparameters.clone(), sampling.clone());
-    // Reads the headers of the base's weight files.
+    let (base, data) = (model.id.clone(), dataset.path.clone());
+    // Reads the headers of the base's weight files and the list of items.
     let plan = tokio::task::spawn_blocking(move || {
         catalog.plan(
             &model.info.family,
@@ -486,17 +488,26 @@ async fn plan(
             &model.info,
             &hyperparameters,
             &sampling,
-            n_items,
+            &data,
         )
     });
-    plan.await.map_err(ApiError::internal)?.map_err(|mut problem| {
+    let plan = plan.await.map_err(ApiError::internal)?.map_err(|mut problem| {
         for error in &mut problem.errors {
             if !error.pointer.starts_with("/hyperparameters") && !error.pointer.starts_with("/sampling") {
                 error.pointer.insert_str(0, "/hyperparameters");
             }
         }
         ApiError::with_problem(Code::BaseModelUnfit, problem)
-    })
+    })?;
+    // The host's memory is no measure for a job on another device.
+    let device = app.config.scheduler.devices.first().map_or("cpu", String::as_str);
+    if device == "cpu" {
+        let total = app.memory().map(|memory| memory.total_bytes);
+        estimate::fits(&plan, total).map_err(|problem| ApiError::with_problem(Code::MemoryTooSmall, problem))?;
+    }
+    let runs = app.store.measured_runs(device, estimate::RUNS).await?;
+    let factor = estimate::correction(base.as_str(), &plan.workload, plan.step_s, &runs);
+    Ok(plan.corrected(factor))
 }
 
 async fn base_model(app: &App, fields: &mut Fields<'_>) -> ApiResult<Option<Model>> {
@@ -518,6 +529,13 @@ async fn base_model(app: &App, fields: &mut Fields<'_>) -> ApiResult<Option<Mode
             Ok(None)
         }
         None => {
+            if let Ok(id) = text.parse::<ModelId>()
+                && app.store.download(&id).await?.is_some()
+            {
+                let detail = format!("{id} has not been downloaded completely; see GET /models/{id}");
+                fields.fault("base_model", "not_ready", detail);
+                return Ok(None);
+            }
             let known: Vec<String> = app.store.models().await?.iter().map(|m| m.id.to_string()).collect();
             let shown: String = text.chars().take(80).collect();
             let detail = format!("there is no base model {shown:?}; known are {}", known.join(", "));

@@ -37,6 +37,11 @@ impl Scheduler {
                 token_sha256: &hex::encode(Sha256::digest(token.as_bytes())),
                 jobs_dir: &self.app.data.jobs(),
                 lease_ms: i64::try_from(self.app.config.scheduler.lease_ms).unwrap_or(i64::MAX),
+                memory_bytes: self
+                    .app
+                    .memory()
+                    .filter(|_| device == "cpu")
+                    .map(|memory| memory.available_bytes),
             };
             if let Some(claimed) = self.app.store.claim(&new).await? {
                 self.app.changed(claimed.job.clone());
@@ -100,6 +105,7 @@ async fn start(
         nice: settings.nice,
         heartbeat_ms: settings.heartbeat_ms,
         lease_ms: settings.lease_ms,
+        memory_bytes: settings.worker_memory_bytes,
     };
     let (threads, family) = (settings.threads, claimed.job.family.clone());
     let cache = Cache {
@@ -154,6 +160,7 @@ fn spec(claimed: Claimed, device: String, threads: u64, cache: Cache, init_adapt
             n => usize::try_from(n).ok(),
         },
         cache,
+        after_out_of_memory: job.memory_rescues > 0,
         attempt_dir: claimed.dir,
         init_adapter,
         resume_from: newest_intact(&claimed.checkpoints),

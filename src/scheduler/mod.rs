@@ -192,6 +192,7 @@ impl Scheduler {
         let key = (attempt.job_id, attempt.attempt);
         self.take_spool(attempt).await?;
         let log_tail = local::log_tail(&attempt.dir);
+        let exit = &exit.clone().explained_by(&log_tail);
         let limits = self.app.config.retry_limits();
         let (job, outcome) = self
             .app

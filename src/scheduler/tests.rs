@@ -23,6 +23,7 @@ use crate::{
     blobs::Blobs,
     config::Config,
     domain::{CancelMode, Dataset, DatasetId, Job, JobId, Model, ModelKind, NewJob, now_ms},
+    downloads::Downloads,
     events::Events,
     executor::{Launch, Stop},
     store::Store,
@@ -144,6 +145,7 @@ async fn world(devices: &[&str], change: impl FnOnce(&mut Config)) -> World {
         store,
         events: Events::default(),
         catalog: Arc::new(TrainerCatalog),
+        downloads: Downloads::default(),
         wake: Arc::new(Notify::new()),
         shutdown: CancellationToken::new(),
     };
@@ -189,7 +191,7 @@ impl World {
                 batches_per_epoch: 1,
                 trainable_params: 1,
                 memory_bytes: 1,
-                warnings: Vec::new(),
+                ..Plan::default()
             },
             owner: None,
             webhook: None,
@@ -504,6 +506,7 @@ async fn a_worker_whose_process_was_not_recorded_names_itself_and_keeps_its_devi
         token_sha256: &hex::encode(Sha256::digest(token)),
         jobs_dir: &w.app.data.jobs(),
         lease_ms: 60_000,
+        memory_bytes: None,
     };
     w.app.store.claim(&new).await.unwrap().unwrap();
     let key = (job.id, 1);
@@ -513,6 +516,7 @@ async fn a_worker_whose_process_was_not_recorded_names_itself_and_keeps_its_devi
         token: token.to_owned(),
         socket: PathBuf::new(),
         threads: 0,
+        memory_bytes: 0,
         nice: 0,
         heartbeat_ms: 1,
         lease_ms: 1,

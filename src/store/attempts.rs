@@ -13,7 +13,7 @@ pub use super::ingest::{Applied, WorkerBatch};
 use super::{
     NewArtifact, Result, Store, StoreError, Tx, catalogue, commit,
     jobs::{append, fail, load, transition},
-    query, rows,
+    measured, query, rows,
 };
 use crate::domain::{
     Change, Checkpoint, Desired, Ended, EventKind, Exit, Job, JobId, JobStatus, Outcome, RetryLimits, now_ms,
@@ -68,6 +68,8 @@ pub struct NewAttempt<'a> {
     pub jobs_dir: &'a Path,
     /// Length of the first lease.
     pub lease_ms: i64,
+    /// Memory that is free for the job, if that is known and matters on this device.
+    pub memory_bytes: Option<u64>,
 }
 
 /// A claimed job with all that its worker needs.
@@ -86,7 +88,8 @@ pub struct Claimed {
 }
 
 impl Store {
-    /// Takes the next job for a free device: higher priority first, then older. `None`: nothing to do.
+    /// Takes the next job for a free device: higher priority first, then older. `None`: nothing to do, or the next job needs
+    /// more memory than is free; no later one overtakes it.
     ///
     /// # Errors
     /// If the database fails.
@@ -103,11 +106,13 @@ impl Store {
                      AND NOT EXISTS (SELECT 1 FROM api_keys WHERE id = waiting.key_id AND max_running_jobs <= (
                          SELECT count(*) FROM jobs WHERE key_id = api_keys.id AND status IN ('preparing', 'running', 'saving')))
                  ORDER BY priority DESC, id LIMIT 1)
+                 AND json_extract(plan, '$.memory_bytes') <= ?
              RETURNING *",
         )
         .bind(now + new.lease_ms)
         .bind(now)
         .bind(new.device)
+        .bind(new.memory_bytes.map_or(i64::MAX, rows::int))
         .fetch_optional(&mut *tx)
         .await
         .map_err(query("claim a job"))?;
@@ -291,6 +296,7 @@ impl Store {
             )
             .await?;
         } else {
+            measured::record(&mut tx, &job, summary).await?;
             transition(&mut tx, &mut job, Change::Succeed, "published").await?;
         }
         let job = load(&mut tx, job.id).await?;
@@ -322,6 +328,7 @@ async fn settle(tx: &mut Tx, job: &mut Job, exit: &Exit, log_tail: &str, limits:
         progressed: checkpoints.iter().any(|checkpoint| checkpoint.attempt == job.attempt),
         has_checkpoint: !checkpoints.is_empty(),
         failed_attempts: job.failed_attempts,
+        memory_rescues: job.memory_rescues,
         exit,
         log_tail,
     };
@@ -333,23 +340,40 @@ async fn settle(tx: &mut Tx, job: &mut Job, exit: &Exit, log_tail: &str, limits:
             failed_attempts,
             reason,
         } => {
-            transition(tx, job, Change::Interrupt, reason).await?;
-            sqlx::query("UPDATE jobs SET not_before_ms = ?, failed_attempts = ? WHERE id = ?")
-                .bind(now_ms() + delay_ms)
-                .bind(failed_attempts)
-                .bind(job.id.to_string())
-                .execute(&mut **tx)
-                .await
-                .map_err(query("requeue a job"))?;
-            transition(tx, job, Change::Requeue, reason).await?;
-            if job.desired == Desired::Pause {
-                transition(tx, job, Change::Pause, "requested").await?;
-            }
+            let counts = (*failed_attempts, job.memory_rescues);
+            requeue(tx, job, now_ms() + delay_ms, counts, reason).await?;
+        }
+        Outcome::Shrink { reason } => {
+            let counts = (job.failed_attempts, job.memory_rescues + 1);
+            requeue(tx, job, now_ms(), counts, reason).await?;
         }
         Outcome::Fail(problem) => fail(tx, job, problem).await?,
         Outcome::Cancel => transition(tx, job, Change::Cancel, "requested").await?,
     }
     Ok(outcome)
+}
+
+async fn requeue(
+    tx: &mut Tx,
+    job: &mut Job,
+    not_before_ms: i64,
+    (failed_attempts, memory_rescues): (u32, u32),
+    reason: &str,
+) -> Result<()> {
+    transition(tx, job, Change::Interrupt, reason).await?;
+    sqlx::query("UPDATE jobs SET not_before_ms = ?, failed_attempts = ?, memory_rescues = ? WHERE id = ?")
+        .bind(not_before_ms)
+        .bind(failed_attempts)
+        .bind(memory_rescues)
+        .bind(job.id.to_string())
+        .execute(&mut **tx)
+        .await
+        .map_err(query("requeue a job"))?;
+    transition(tx, job, Change::Requeue, reason).await?;
+    if job.desired == Desired::Pause {
+        transition(tx, job, Change::Pause, "requested").await?;
+    }
+    Ok(())
 }
 
 async fn path_of(tx: &mut Tx, sql: &'static str, id: &str) -> Result<PathBuf> {

@@ -117,34 +117,9 @@ impl Store {
     /// # Errors
     /// [`StoreError::Exists`] if the slug is taken by a model that is not built in, or if the database fails.
     pub async fn insert_model(&self, model: &Model) -> Result<()> {
-        let done = self
-            .write(
-                Point::InsertModel,
-                sqlx::query(
-                    "INSERT INTO models (id, kind, family, path, source, licence, builtin, info, created_at_ms)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
-             ON CONFLICT (id) DO UPDATE SET family = excluded.family, path = excluded.path, info = excluded.info,
-                 licence = excluded.licence WHERE models.builtin = 1 AND excluded.builtin = 1",
-                )
-                .bind(model.id.as_str())
-                .bind(model.kind.as_str())
-                .bind(&model.info.family)
-                .bind(model.path.to_string_lossy().into_owned())
-                .bind(&model.source)
-                .bind(&model.licence)
-                .bind(model.builtin)
-                .bind(rows::text("info", &model.info)?)
-                .bind(model.created_at_ms),
-            )
-            .await
-            .map_err(query("register a model"))?;
-        if done.rows_affected() == 0 {
-            return Err(StoreError::Exists {
-                what: "model",
-                id: model.id.to_string(),
-            });
-        }
-        Ok(())
+        let mut tx = self.begin().await?;
+        insert_model(&mut tx, model).await?;
+        commit(tx, Point::InsertModel).await.map_err(query("register a model"))
     }
 
     /// One model.
@@ -253,6 +228,35 @@ pub(super) async fn insert(tx: &mut Tx, dataset: &Dataset) -> Result<()> {
     .execute(&mut **tx)
     .await
     .map_err(query("insert a dataset"))?;
+    Ok(())
+}
+
+/// As [`Store::insert_model`], within a transaction.
+pub(super) async fn insert_model(tx: &mut Tx, model: &Model) -> Result<()> {
+    let done = sqlx::query(
+        "INSERT INTO models (id, kind, family, path, source, licence, builtin, info, created_at_ms)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+         ON CONFLICT (id) DO UPDATE SET family = excluded.family, path = excluded.path, info = excluded.info,
+             licence = excluded.licence WHERE models.builtin = 1 AND excluded.builtin = 1",
+    )
+    .bind(model.id.as_str())
+    .bind(model.kind.as_str())
+    .bind(&model.info.family)
+    .bind(model.path.to_string_lossy().into_owned())
+    .bind(&model.source)
+    .bind(&model.licence)
+    .bind(model.builtin)
+    .bind(rows::text("info", &model.info)?)
+    .bind(model.created_at_ms)
+    .execute(&mut **tx)
+    .await
+    .map_err(query("register a model"))?;
+    if done.rows_affected() == 0 {
+        return Err(StoreError::Exists {
+            what: "model",
+            id: model.id.to_string(),
+        });
+    }
     Ok(())
 }
 

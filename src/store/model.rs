@@ -83,6 +83,7 @@ async fn play(f: &Fixture, new: &NewJob, draws: &mut Draws, n_refused: &mut u64)
                     token_sha256: &"a".repeat(64),
                     jobs_dir: f.dir.path(),
                     lease_ms: 1000,
+                    memory_bytes: None,
                 };
                 store.claim(&new).await.map(drop)
             }

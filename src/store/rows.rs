@@ -9,6 +9,7 @@ use super::{Result, StoreError, query};
 use crate::domain::{
     ApiKey, Artifact, ArtifactKind, AuditEntry, Checkpoint, Dataset, Delivery, DeliveryAttempt, DeliveryStatus,
     Desired, EventKind, Job, JobEvent, JobSample, JobStatus, MetricRow, Model, ModelKind, Quota, Scope, Webhook,
+    download::{Download, DownloadStatus},
 };
 
 fn corrupt(column: &'static str, found: &dyn ToString) -> StoreError {
@@ -94,6 +95,7 @@ pub(super) fn job(row: &SqliteRow) -> Result<Job> {
         phase: column(row, "phase")?,
         attempt: unsigned(row, "attempt")?,
         failed_attempts: unsigned(row, "failed_attempts")?,
+        memory_rescues: unsigned(row, "memory_rescues")?,
         not_before_ms: column(row, "not_before_ms")?,
         lease_expires_ms: column(row, "lease_expires_ms")?,
         checkpoint_request: outstanding(row, "checkpoint_request", "checkpoint_served")?,
@@ -273,6 +275,21 @@ pub(super) fn audit_entry(row: &SqliteRow) -> Result<AuditEntry> {
         object: column(row, "object")?,
         status: unsigned(row, "status")?,
         request_id: column(row, "request_id")?,
+    })
+}
+
+pub(super) fn download(row: &SqliteRow) -> Result<Download> {
+    let error: Option<String> = column(row, "error")?;
+    Ok(Download {
+        id: parsed(row, "id")?,
+        repository: column(row, "repository")?,
+        revision: column(row, "revision")?,
+        commit: column(row, "commit_sha")?,
+        licence: column(row, "licence")?,
+        status: spelled(row, "status", DownloadStatus::parse)?,
+        total_bytes: unsigned(row, "total_bytes")?,
+        error: error.map(|_| json(row, "error")).transpose()?,
+        created_at_ms: column(row, "created_at_ms")?,
     })
 }
 

@@ -101,7 +101,7 @@ impl Fixture {
                 batches_per_epoch: 2,
                 trainable_params: 5,
                 memory_bytes: 6,
-                warnings: Vec::new(),
+                ..Plan::default()
             },
             owner: None,
             webhook: None,
@@ -125,6 +125,7 @@ impl Fixture {
             token_sha256: &"a".repeat(64),
             jobs_dir: self.dir.path(),
             lease_ms: 1000,
+            memory_bytes: None,
         };
         self.store.claim(&new).await.unwrap()
     }

@@ -7,11 +7,16 @@ use std::{
 
 use lorad::{
     config::Config,
-    domain::{EventKind, Job, JobStatus, now_ms},
+    domain::{EventKind, Job, JobStatus, NewJob, now_ms},
     serve::{ServeError, serve},
     store::Store,
+    trainer::TrainerCatalog,
 };
-use lorad_proto::event::{Envelope, WorkerEvent};
+use lorad_proto::{
+    catalog::{Catalog, Plan},
+    event::{Envelope, WorkerEvent},
+    spec::Sampling,
+};
 use serde_json::{Value, json};
 
 use crate::scripted::let_go;
@@ -329,4 +334,97 @@ async fn a_killed_training_run_resumes_and_ends_with_every_file() {
             .unwrap();
         assert_eq!(bytes.len() as u64, file.bytes, "{name}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_ran_out_of_memory_is_tried_once_more_with_half_the_micro_batch() {
+    let server = TestServer::start().await;
+    let job = server
+        .post(json!({"steps": 20, "checkpoint_every": 4, "exhaust": 10, "step_ms": 1}))
+        .await;
+    let job = server.ended(job.id).await;
+    assert_eq!(
+        (job.status, job.attempt, job.memory_rescues),
+        (JobStatus::Succeeded, 2, 1)
+    );
+    assert_every_step(server.store(), &job, 20).await;
+    let events = server.store().events_after(job.id, 0, 1000).await.unwrap();
+    assert!(
+        events
+            .iter()
+            .any(|event| event.data.to_string().contains("the micro-batch is halved")),
+        "nobody was told"
+    );
+
+    let again = server
+        .post(json!({"steps": 20, "exhaust": 3, "always": true, "step_ms": 1}))
+        .await;
+    let again = server.ended(again.id).await;
+    assert_eq!((again.status, again.attempt), (JobStatus::Failed, 2));
+    assert_eq!(again.error.unwrap().code, "worker.out_of_memory");
+}
+
+/// Between what 48 and what 24 pictures of 128 pixels take at a time.
+const LIMIT_BYTES: u64 = 500 << 20;
+
+/// The trainer itself, in a worker that may not allocate what its first micro-batch needs. Put into the queue past the API, which
+/// would have refused it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_training_run_under_a_memory_limit_halves_its_micro_batch_and_ends() {
+    let catalog = TrainerCatalog;
+    let program = env!("CARGO_BIN_EXE_lorad");
+    let limit = LIMIT_BYTES.to_string();
+    let server = TestServer::with(&[
+        ("scheduler.worker_program", program),
+        ("scheduler.worker_memory_bytes", &limit),
+        ("scheduler.threads", "2"),
+    ])
+    .await;
+    let store = server.store();
+    let dataset = store.dataset_by_name("silhouettes").await.unwrap().unwrap();
+    let model = store.model(&"demo-icons".parse().unwrap()).await.unwrap();
+    let given = json!({"max_train_steps": 2, "batch_size": 48, "lora_rank": 2, "resolution": 128, "enable_bucket": false,
+        "gradient_checkpointing": "off"});
+    let hyperparameters = catalog.resolve("sd1", &model.info, given.as_object().unwrap()).unwrap();
+    let plan = catalog
+        .plan(
+            "sd1",
+            &model.path,
+            &model.info,
+            &hyperparameters,
+            &Sampling::default(),
+            &dataset.path,
+        )
+        .unwrap();
+    assert!(
+        plan.memory_bytes > LIMIT_BYTES * 5 / 4,
+        "the limit is not tight any more: {} bytes are planned",
+        plan.memory_bytes
+    );
+    let new = NewJob {
+        base_model: model.id,
+        dataset_id: dataset.id,
+        family: "sd1".to_owned(),
+        hyperparameters,
+        // What the scheduler waits for.
+        plan: Plan {
+            memory_bytes: 1,
+            ..plan
+        },
+        ..scripted_job(dataset.id, &json!({}))
+    };
+    let job = server.handle.app().create_job(&new, None).await.unwrap();
+    let job = server.ended(job.id).await;
+    assert_eq!(
+        (job.status, job.attempt, job.memory_rescues, job.step),
+        (JobStatus::Succeeded, 2, 1, 2),
+        "{:?}",
+        job.error
+    );
+    assert_eq!(job.summary["micro_batch"], 24);
+    let alerts = store.newest_events(job.id, EventKind::Alert, 10).await.unwrap();
+    assert!(
+        alerts.iter().any(|alert| alert.data["code"] == "memory.rescued"),
+        "{alerts:?}"
+    );
 }

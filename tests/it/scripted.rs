@@ -164,7 +164,7 @@ struct Script {
     steps: u64,
     step_ms: u64,
     checkpoint_every: u64,
-    /// `abort` or `fail` when this step is reached.
+    /// `abort`, `fail` or `exhaust` (abort as for want of memory, unless the micro-batch was halved) when this step is reached.
     ends: Option<(String, u64)>,
     /// The first attempt waits after this step.
     hold_at: Option<u64>,
@@ -182,7 +182,7 @@ impl Script {
         let named: Option<Map<String, serde_json::Value>> = serde_json::from_str(&spec.job_name).ok();
         let script = named.as_ref().unwrap_or(&spec.hyperparameters);
         let number = |key: &str, default| script.get(key).and_then(serde_json::Value::as_u64).unwrap_or(default);
-        let ends = ["abort", "fail"].iter().find_map(|how| {
+        let ends = ["abort", "fail", "exhaust"].iter().find_map(|how| {
             let step = script.get(*how)?.as_u64()?;
             Some(((*how).to_owned(), step))
         });
@@ -255,7 +255,15 @@ fn train(spec: AttemptSpec, reporter: Arc<dyn Reporter>) -> WorkerEvent {
                 println!("the scripted trainer aborts at step {step}");
                 std::process::abort();
             }
-            Some((_, at)) if *at == step => {
+            Some((how, at))
+                if *at == step
+                    && how == "exhaust"
+                    && (!spec.after_out_of_memory || spec.hyperparameters.contains_key("always")) =>
+            {
+                println!("memory allocation of 123 bytes failed");
+                std::process::abort();
+            }
+            Some((how, at)) if *at == step && how == "fail" => {
                 return WorkerEvent::Failed {
                     problem: Problem::new("loss.not_finite", "The loss is not finite", format!("At step {step}."))
                         .with_hint("Lower it."),

@@ -108,7 +108,7 @@ pub fn scripted_job(dataset: DatasetId, script: &Value) -> NewJob {
             batches_per_epoch: 10,
             trainable_params: 1,
             memory_bytes: 1,
-            warnings: Vec::new(),
+            ..Plan::default()
         },
         owner: None,
         webhook: None,

@@ -148,7 +148,7 @@ points! {
     CompleteJob = "store.complete_job", Server;
     /// A job whose results cannot be used has failed.
     FailJob = "store.fail_job", Server;
-    /// Keys, sessions, webhooks and the audit log.
+    /// Keys, sessions, webhooks, downloads of models and the audit log.
     Manage = "store.manage", Server;
 
     /// An event goes to the spool.

@@ -58,7 +58,7 @@ pub struct BaseModelInfo {
 }
 
 /// What a job would do, known before it starts.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
     /// Optimizer steps.
     pub total_steps: u64,
@@ -68,8 +68,58 @@ pub struct Plan {
     pub trainable_params: u64,
     /// Estimated peak memory.
     pub memory_bytes: u64,
+    /// Estimated time of an optimizer step, seconds.
+    #[serde(default)]
+    pub step_s: f64,
+    /// Estimated time of everything besides the steps (loading, encoding, pictures, validation), seconds.
+    #[serde(default)]
+    pub beside_s: f64,
+    /// What experience has multiplied both times by; 1: nothing.
+    #[serde(default = "one")]
+    pub correction: f64,
+    /// What a step works on; runs on one base with equal texts take equally long on one machine.
+    #[serde(default)]
+    pub workload: String,
     /// Things worth knowing before starting.
     pub warnings: Vec<String>,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+impl Plan {
+    /// `step_s` as arithmetic and calibration alone would have it; 0 in plans that have none.
+    pub fn modelled_step_s(&self) -> f64 {
+        if self.correction > 0.0 {
+            self.step_s / self.correction
+        } else {
+            0.0
+        }
+    }
+
+    /// Estimated time of the whole job, seconds.
+    pub fn duration_s(&self) -> f64 {
+        self.step_s * self.total_steps as f64 + self.beside_s
+    }
+
+    /// Multiplies both times by what experience says.
+    #[must_use]
+    pub fn corrected(mut self, factor: f64) -> Self {
+        self.step_s *= factor;
+        self.beside_s *= factor;
+        self.correction *= factor;
+        self
+    }
+}
+
+/// Memory of the machine, within the limits of container and process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// In all.
+    pub total_bytes: u64,
+    /// That can be taken now.
+    pub available_bytes: u64,
 }
 
 /// What the server needs from a trainer. Implemented once, in the server's `trainer.rs`.
@@ -113,10 +163,10 @@ pub trait Catalog: Send + Sync {
         hyperparameters: &mut Map<String, Value>,
     ) -> Result<(), Problem>;
 
-    /// Steps, memory and warnings for resolved hyperparameters.
+    /// Steps, memory, time and warnings for resolved hyperparameters over the dataset in that folder.
     ///
     /// # Errors
-    /// If the base cannot be read any more.
+    /// If base or dataset cannot be read any more.
     fn plan(
         &self,
         family: &str,
@@ -124,8 +174,11 @@ pub trait Catalog: Send + Sync {
         base: &BaseModelInfo,
         hyperparameters: &Map<String, Value>,
         sampling: &Sampling,
-        n_items: u32,
+        dataset: &Path,
     ) -> Result<Plan, Problem>;
+
+    /// The machine's memory; `None` if the system does not say.
+    fn memory(&self) -> Option<Memory>;
 
     /// Decodes pictures and says what they are. Runs in the worker binary only.
     ///

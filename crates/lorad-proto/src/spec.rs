@@ -40,6 +40,9 @@ pub struct AttemptSpec {
     /// Encoded pictures and texts that jobs share.
     #[serde(default)]
     pub cache: Cache,
+    /// An earlier attempt ran out of memory: begin with half the micro-batch.
+    #[serde(default)]
+    pub after_out_of_memory: bool,
     /// Where this attempt works; absolute.
     pub attempt_dir: PathBuf,
     /// An adapter whose values training starts from; its ranks and modules are in `hyperparameters`.

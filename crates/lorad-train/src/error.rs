@@ -39,6 +39,15 @@ impl TrainError {
         move |source| Self::Io { act, path, source }
     }
 
+    /// Whether memory ran out, of a device or of the machine.
+    pub fn is_out_of_memory(&self) -> bool {
+        match self {
+            Self::Problem(problem) => problem.code == OUT_OF_MEMORY,
+            Self::Candle(e) => says_out_of_memory(&e.to_string()),
+            Self::Io { .. } | Self::Stopped(_) => false,
+        }
+    }
+
     /// The form that the user sees.
     pub fn into_problem(self) -> Problem {
         match self {
@@ -62,18 +71,28 @@ impl From<Problem> for TrainError {
 
 fn candle_problem(e: &candle_core::Error) -> Problem {
     let text = e.to_string();
-    // The crate names its variants after the driver's text only; an exhausted device is told by these words.
-    let lower = text.to_lowercase();
-    if lower.contains("out of memory") || lower.contains("out_of_memory") {
-        return Problem::new(
-            "device.out_of_memory",
-            "The device ran out of memory",
-            first_lines(&text),
-        )
-        .with_hint("Lower batch_size (and raise gradient_accumulation_steps), resolution or lora_rank.");
+    if says_out_of_memory(&text) {
+        return out_of_memory(first_lines(&text));
     }
     Problem::new("tensor.failed", "A tensor operation failed", first_lines(&text))
         .with_hint("If the base model and the settings are as intended, this is a bug in lorad; please report it.")
+}
+
+/// Code of [`out_of_memory`].
+const OUT_OF_MEMORY: &str = "device.out_of_memory";
+
+/// The failure of a run that no smaller micro-batch helps any more.
+pub(crate) fn out_of_memory(detail: String) -> Problem {
+    Problem::new(OUT_OF_MEMORY, "The device ran out of memory", detail).with_hint(
+        "Set gradient_checkpointing to on, mixed_precision to bf16, or lower batch_size (and raise \
+         gradient_accumulation_steps), resolution or lora_rank.",
+    )
+}
+
+/// The crate names its variants after the driver's text only; an exhausted device is told by these words.
+fn says_out_of_memory(text: &str) -> bool {
+    let text = text.to_lowercase();
+    text.contains("out of memory") || text.contains("out_of_memory")
 }
 
 fn io_problem(act: &str, path: &std::path::Path, source: &std::io::Error) -> Problem {

@@ -1,5 +1,5 @@
 //! When a run has gone wrong, and what is done about it: back to a healthy checkpoint with half the learning rate, at most
-//! twice. Pure decisions on losses; [`crate::run`] carries them out.
+//! twice; half the micro-batch when memory ran out, once. Pure decisions; [`crate::run`] carries them out.
 
 use serde::{Deserialize, Serialize};
 
@@ -100,6 +100,12 @@ pub fn choose(checkpoints: &[u64], calm_step: u64) -> Option<u64> {
     calm.or_else(|| checkpoints.iter().copied().min())
 }
 
+/// The micro-batch of a run that ran out of memory with `micro_batch`: half of it, once, so that there are twice as many and
+/// a step's samples stay the same. `None`: there is nothing left to try.
+pub fn smaller_micro_batch(micro_batch: usize, memory_rescues: u32) -> Option<usize> {
+    (micro_batch > 1 && memory_rescues == 0).then(|| micro_batch.div_ceil(2))
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -177,6 +183,13 @@ mod tests {
         // A base model that knew nothing has nothing to lose.
         let mut health = Health::default();
         assert!((1..=200).all(|step| health.observe(step, Some(1.1), Some(1.0)) == Verdict::Healthy));
+    }
+
+    #[test]
+    fn a_micro_batch_is_halved_once_and_never_to_nothing() {
+        assert_eq!(smaller_micro_batch(8, 0), Some(4));
+        assert_eq!(smaller_micro_batch(5, 0), Some(3));
+        assert_eq!((smaller_micro_batch(1, 0), smaller_micro_batch(8, 1)), (None, None));
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! [`attempt`] reads from top to bottom: open, resume, check the gradients, draw the base model's pictures, take the
 //! steps, draw again, export.
 
+mod mend;
+
 use std::{
     collections::BTreeMap,
     fs,
@@ -28,10 +30,9 @@ use crate::{
     Result, TrainError,
     checkpoint::{self, Snapshot},
     data::Order,
-    device,
+    device, memory,
     optim::{ema::Ema, fields::OptimizerSettings, schedule::LrSchedule},
-    rescue::{self, Verdict},
-    selfcheck,
+    rescue::Verdict,
     state::TrainState,
     step::{StepConfig, Stepper},
     task::{ExportContext, Family, Prompt, Reporter, Task},
@@ -106,23 +107,18 @@ fn attempt(family: &dyn Family, spec: &AttemptSpec, reporter: &dyn Reporter, rea
 
     checkpoint::sweep(&spec.attempt_dir.join("checkpoints"))?;
     let mut run = Run::new(spec, settings, task, reporter)?;
-    let order = Order::new(
+    let mut order = Order::new(
         run.settings.seed,
         task.buckets(),
         run.settings.batch_size,
         run.settings.gradient_accumulation_steps,
     );
-    let total_steps = match (run.settings.max_train_steps, run.settings.num_epochs) {
-        (Some(steps), _) => steps,
-        (None, epochs) => epochs.unwrap_or(1).saturating_mul(order.steps_per_epoch()),
-    };
 
     // --- check that the gradients point where the loss falls ---
     // On the adapters as they start, also of a run that is resumed: where one is over-trained, its loss can be too rough for
     // differences, and it would not be let on.
     reporter.phase(Phase::CheckingGradients, 0, 1);
-    let check = selfcheck::directional_derivative(task, &order.window(1, 0).micro_batches[0])?;
-    reporter.log(Level::Info, &check.to_string());
+    run.check_gradients(&order)?;
     reporter.phase(Phase::CheckingGradients, 1, 1);
 
     // --- resume ---
@@ -130,6 +126,13 @@ fn attempt(family: &dyn Family, spec: &AttemptSpec, reporter: &dyn Reporter, rea
         run.resume(dir)?;
         *reached = run.state.step;
     }
+    if run.state.memory_rescues > 0 {
+        run.micro_batch = run.micro_batch.div_ceil(2);
+    } else if spec.after_out_of_memory {
+        run.shrink(crate::error::out_of_memory("The worker was ended for want of memory.".to_owned()).into())?;
+    }
+    order = order.with_micro_batch(run.micro_batch);
+    let total_steps = planned_steps(run.settings.max_train_steps, run.settings.num_epochs, &order);
     reporter.check_stop()?;
 
     // --- the base model's pictures and its loss on held-out items ---
@@ -154,7 +157,15 @@ fn attempt(family: &dyn Family, spec: &AttemptSpec, reporter: &dyn Reporter, rea
             .micro_batches
             .iter()
             .map(|batch| Ok((task.loss(batch)?, batch.items.len() as f64 / n_samples as f64)));
-        let outcome = run.stepper.step(lr, losses)?;
+        let gradients = match run.stepper.gradients(losses) {
+            Err(e) if e.is_out_of_memory() => {
+                run.shrink(e)?;
+                order = order.with_micro_batch(run.micro_batch);
+                continue;
+            }
+            gradients => gradients?,
+        };
+        let outcome = run.stepper.apply(lr, gradients)?;
         let elapsed = started.elapsed();
         run.state.train_ms += u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
         let finite = |v: f64| v.is_finite().then_some(v);
@@ -162,6 +173,12 @@ fn attempt(family: &dyn Family, spec: &AttemptSpec, reporter: &dyn Reporter, rea
         if run.settings.l2_lambda > 0.0 {
             extra.insert("l2_penalty".to_owned(), outcome.l2_penalty);
         }
+        extra.extend(
+            outcome
+                .parts
+                .iter()
+                .map(|(part, loss)| (format!("loss_bin_{part}"), *loss)),
+        );
         if outcome.applied {
             run.state.step = step;
             *reached = step;
@@ -206,6 +223,11 @@ fn attempt(family: &dyn Family, spec: &AttemptSpec, reporter: &dyn Reporter, rea
     Ok(WorkerEvent::Done { results })
 }
 
+/// Optimizer steps of a run: `max_train_steps`, or `num_epochs` passes over the samples of `order`.
+pub fn planned_steps(max_train_steps: Option<u64>, num_epochs: Option<u64>, order: &Order) -> u64 {
+    max_train_steps.unwrap_or_else(|| num_epochs.unwrap_or(1).saturating_mul(order.steps_per_epoch()))
+}
+
 /// Fixes the number of threads of CPU kernels, once per process: results are byte-identical only for the same number.
 fn use_threads(threads: Option<usize>) {
     static ONCE: Once = Once::new();
@@ -214,6 +236,9 @@ fn use_threads(threads: Option<usize>) {
         ONCE.call_once(|| drop(rayon::ThreadPoolBuilder::new().num_threads(n).build_global()));
     }
 }
+
+/// Optimizer steps whose samples the gradient check may look at.
+const CHECKED_WINDOWS: u64 = 16;
 
 /// State of the best adapter in a checkpoint: `<tensor>.best`.
 const BEST: &str = "best";
@@ -228,6 +253,8 @@ struct Run<'a> {
     /// What pictures and files show instead of the newest values, if the job wants it.
     ema: Option<Ema>,
     state: TrainState,
+    /// Most samples of a micro-batch: `batch_size`, until memory runs out.
+    micro_batch: usize,
     /// Newest served requests, so that a command that is told twice is obeyed once.
     served_checkpoint: u64,
     served_sample: u64,
@@ -272,6 +299,7 @@ impl<'a> Run<'a> {
                 ..TrainState::default()
             },
             spec,
+            micro_batch: settings.batch_size,
             settings,
             task,
             reporter,
@@ -470,7 +498,7 @@ impl<'a> Run<'a> {
     /// Loss on the held-out items; `None` if there are none.
     fn validate(&self, with_adapter: bool) -> Result<Option<Validation>> {
         let mut on_progress = || self.stop_if_cancelled();
-        self.shown(|| self.task.validate(with_adapter, &mut on_progress))
+        self.shown(|| self.task.validate(with_adapter, self.micro_batch, &mut on_progress))
     }
 
     /// Validates if it is time; the figures, for the step's metrics.
@@ -546,56 +574,6 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Goes back to a healthy checkpoint with a smaller learning rate.
-    ///
-    /// # Errors
-    /// The failure of the run, if it has been rescued often enough or must not be.
-    fn rescue(&mut self, step: u64, lr: f64, verdict: Verdict) -> Result<()> {
-        let what = match verdict {
-            Verdict::Exploded { smoothed, reference } => {
-                format!("the smoothed loss rose to {smoothed:.3e}, from {reference:.3e}")
-            }
-            Verdict::NotFinite | Verdict::Healthy => "the loss or its gradient was not a number".to_owned(),
-        };
-        if !self.settings.self_rescue || self.state.rescues >= rescue::MAX_RESCUES {
-            return Err(self.diverged(step, lr, &what, verdict)?);
-        }
-        let root = self.checkpoints();
-        let mut steps = checkpoint::list(&root);
-        // What the attempt began with: step 0, or a checkpoint of an earlier attempt.
-        let origin = self.origin.clone();
-        steps.extend(origin.iter().map(|snapshot| snapshot.state.step));
-        let from = rescue::choose(&steps, self.state.health.calm_step);
-        let snapshot = match (from, origin) {
-            (Some(from), Some(origin)) if from == origin.state.step => origin,
-            (Some(from), _) => checkpoint::read(&root.join(checkpoint::dir_name(from)))?,
-            (None, _) => return Err(self.diverged(step, lr, &what, verdict)?),
-        };
-        let (rescues, lr_factor) = (self.state.rescues + 1, self.state.lr_factor * rescue::LR_FACTOR);
-        let train_ms = self.state.train_ms;
-        self.restore(snapshot)?;
-        self.state.rescues = rescues;
-        self.state.lr_factor = lr_factor;
-        self.state.train_ms = train_ms;
-        let back = self.state.step;
-        for unhealthy in steps.into_iter().filter(|&s| s > back) {
-            let dir = root.join(checkpoint::dir_name(unhealthy));
-            fs::remove_dir_all(&dir).map_err(TrainError::io("remove", &dir))?;
-        }
-        self.saved_at = Some(back);
-        self.save_soon = true;
-        self.reporter.emit(WorkerEvent::Alert {
-            code: "run.rescued".to_owned(),
-            severity: Level::Warn,
-            step,
-            detail: format!(
-                "At step {step}, {what}. Back to step {back} with half the learning rate ({rescues} of {} rescues).",
-                rescue::MAX_RESCUES
-            ),
-        });
-        Ok(())
-    }
-
     /// Draws the job's prompts and announces the pictures.
     fn draw(&self, step: u64, with_adapter: bool) -> Result<()> {
         let sampling = &self.spec.sampling;
@@ -663,45 +641,20 @@ impl<'a> Run<'a> {
             summary["best_validation_loss"] = json!(course.best_loss);
             summary["best_step"] = json!(course.best_step);
         }
+        if self.state.memory_rescues > 0 {
+            summary["micro_batch"] = json!(self.micro_batch);
+        }
         if self.state.rescues > 0 {
             summary["rescues"] = json!(self.state.rescues);
+        }
+        if let Some(bytes) = memory::peak_resident_bytes() {
+            summary["peak_memory_bytes"] = json!(bytes);
         }
         self.reporter.phase(Phase::Exporting, 1, 1);
         Ok(Results {
             files,
             summary: summary.as_object().cloned().unwrap_or_else(Map::new),
         })
-    }
-
-    /// The failure of a run that no rescue helps any more, naming what is kept.
-    fn diverged(&mut self, step: u64, lr: f64, what: &str, verdict: Verdict) -> Result<TrainError> {
-        // The step that was not a number changed nothing: what was before it may still be good.
-        if verdict == Verdict::NotFinite && self.state.step > 0 {
-            self.save()?;
-        }
-        let calm = checkpoint::list(&self.checkpoints())
-            .into_iter()
-            .filter(|&s| s <= self.state.health.calm_step)
-            .max();
-        let kept = match calm {
-            Some(step) => format!("The adapter after step {step} is kept as a checkpoint."),
-            None => "There was no good step before it to keep.".to_owned(),
-        };
-        let rescues = match self.state.rescues {
-            0 => String::new(),
-            n => format!(" {n} rescues did not help."),
-        };
-        let (code, title) = match verdict {
-            Verdict::NotFinite => ("loss.not_finite", "The loss is not a number any more"),
-            _ => ("loss.exploded", "The loss has exploded"),
-        };
-        Ok(Problem::new(
-            code,
-            title,
-            format!("At step {step}, with learning rate {lr:e}, {what}.{rescues} {kept}"),
-        )
-        .with_hint("Lower learning_rate (by 3 to 10 times), set max_grad_norm to 1, or look for broken pictures.")
-        .into())
     }
 }
 

@@ -26,6 +26,9 @@ pub struct TrainState {
     pub health: Health,
     /// Rescues so far.
     pub rescues: u32,
+    /// Times that the micro-batch was halved because memory ran out.
+    #[serde(default)]
+    pub memory_rescues: u32,
     /// What rescues have left of the learning rate, 1 at first.
     pub lr_factor: f64,
     /// How the validations have been; `None`: there are none.
@@ -44,6 +47,7 @@ impl Default for TrainState {
             last_loss: None,
             health: Health::default(),
             rescues: 0,
+            memory_rescues: 0,
             lr_factor: 1.0,
             validation: None,
             fingerprints: BTreeMap::new(),

@@ -1,6 +1,8 @@
 //! One optimizer step: gradients of its micro-batches, clipping, the optimizer. The only reader of device values per step.
 //! Called by [`crate::run`]; knows no task and no file.
 
+use std::collections::BTreeMap;
+
 use candle_core::{Tensor, backprop::GradStore};
 use lorad_proto::problem::Problem;
 
@@ -8,6 +10,7 @@ use crate::{
     Result,
     lora::AdapterSet,
     optim::{Optimizer, OptimizerConfig},
+    task::BatchLoss,
 };
 
 /// Settings of a step that do not change during a run.
@@ -22,7 +25,7 @@ pub struct StepConfig {
 }
 
 /// What a step did.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct StepOutcome {
     /// Mean loss over the step's samples, plus the explicit penalty.
     pub loss: f64,
@@ -32,6 +35,32 @@ pub struct StepOutcome {
     pub grad_norm: f64,
     /// `false`: something was not finite, and no parameter was changed.
     pub applied: bool,
+    /// Mean loss of the samples of each part of the schedule that has any, by its number.
+    pub parts: BTreeMap<usize, f64>,
+}
+
+/// What a step's micro-batches gave, before anything is changed.
+#[derive(Debug)]
+pub struct Gradients {
+    /// Flat.
+    gradient: Tensor,
+    loss: Tensor,
+    /// The part of the schedule of each sample, and their losses micro-batch by micro-batch.
+    part_of: Vec<usize>,
+    of_samples: Vec<Tensor>,
+}
+
+/// Mean of the finite losses of each part.
+fn means(part_of: &[usize], losses: &[f32]) -> BTreeMap<usize, f64> {
+    let mut sums: BTreeMap<usize, (f64, u32)> = BTreeMap::new();
+    for (&part, &loss) in part_of.iter().zip(losses).filter(|(_, loss)| loss.is_finite()) {
+        let (sum, n) = sums.entry(part).or_default();
+        *sum += f64::from(loss);
+        *n += 1;
+    }
+    sums.into_iter()
+        .map(|(part, (sum, n))| (part, sum / f64::from(n)))
+        .collect()
 }
 
 /// Takes optimizer steps on one adapter.
@@ -71,13 +100,28 @@ impl Stepper {
     pub fn step(
         &mut self,
         lr: f64,
-        micro_batches: impl IntoIterator<Item = Result<(Tensor, f64)>>,
+        micro_batches: impl IntoIterator<Item = Result<(BatchLoss, f64)>>,
     ) -> Result<StepOutcome> {
+        let gradients = self.gradients(micro_batches)?;
+        self.apply(lr, gradients)
+    }
+
+    /// The first half of [`Self::step`]: nothing is changed yet, so that it can be tried again with smaller micro-batches.
+    ///
+    /// # Errors
+    /// As [`Self::step`].
+    pub fn gradients(&self, micro_batches: impl IntoIterator<Item = Result<(BatchLoss, f64)>>) -> Result<Gradients> {
         let mut gradient: Option<Tensor> = None;
         let mut loss: Option<Tensor> = None;
+        let (mut part_of, mut of_samples) = (Vec::new(), Vec::new());
         for micro_batch in micro_batches {
             let (micro_loss, share) = micro_batch?;
-            let scaled = (micro_loss * share)?;
+            let BatchLoss { mean, parts } = micro_loss;
+            if let Some(parts) = parts {
+                part_of.extend(parts.part_of);
+                of_samples.push(parts.of_sample);
+            }
+            let scaled = (mean * share)?;
             let part = self.flat_gradient(&scaled.backward()?)?;
             gradient = Some(match gradient {
                 None => part,
@@ -89,19 +133,40 @@ impl Stepper {
                 Some(sum) => (sum + part)?,
             });
         }
-        let (Some(mut gradient), Some(loss)) = (gradient, loss) else {
+        let (Some(gradient), Some(loss)) = (gradient, loss) else {
             return Err(Problem::new("step.empty", "A step without samples", "The data order gave no sample.").into());
         };
+        Ok(Gradients {
+            gradient,
+            loss,
+            part_of,
+            of_samples,
+        })
+    }
+
+    /// The second half of [`Self::step`].
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn apply(&mut self, lr: f64, gradients: Gradients) -> Result<StepOutcome> {
+        let Gradients {
+            mut gradient,
+            loss,
+            part_of,
+            of_samples,
+        } = gradients;
         let parameters = self.optimizer.flat_parameters()?;
         let lambda = self.config.l2_lambda;
         if lambda > 0.0 {
             gradient = (gradient + (&parameters * (2.0 * lambda))?)?;
         }
-        let figures = read_back(&[
-            loss.reshape(())?,
-            gradient.sqr()?.sum_all()?,
-            parameters.sqr()?.sum_all()?,
-        ])?;
+        let mut figures = vec![
+            loss.reshape(1)?,
+            gradient.sqr()?.sum_all()?.reshape(1)?,
+            parameters.sqr()?.sum_all()?.reshape(1)?,
+        ];
+        figures.extend(of_samples);
+        let figures = read_back(&figures)?;
         let l2_penalty = if lambda > 0.0 {
             lambda * f64::from(figures[2])
         } else {
@@ -112,6 +177,7 @@ impl Stepper {
             l2_penalty,
             grad_norm: f64::from(figures[1]).sqrt(),
             applied: false,
+            parts: means(&part_of, &figures[3..]),
         };
         if outcome.loss.is_finite() && outcome.grad_norm.is_finite() {
             let factor = clip_factor(outcome.grad_norm, self.config.max_grad_norm);
@@ -144,10 +210,11 @@ thread_local! {
     static READS: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
 }
 
-/// Scalars, from the device to the host: the one read of a step, since each waits until the device has done all it was asked.
-fn read_back(scalars: &[Tensor]) -> Result<Vec<f32>> {
+/// Vectors, one after the other, from the device to the host: the one read of a step, since each waits until the device has
+/// done all it was asked.
+fn read_back(vectors: &[Tensor]) -> Result<Vec<f32>> {
     READS.with(|reads| reads.set(reads.get() + 1));
-    Ok(Tensor::stack(scalars, 0)?.to_vec1::<f32>()?)
+    Ok(Tensor::cat(vectors, 0)?.to_vec1::<f32>()?)
 }
 
 /// What gradients are multiplied by.
@@ -184,7 +251,7 @@ mod tests {
     use candle_core::{Device, Var};
 
     use super::*;
-    use crate::{lora::Adapter, optim::AdamWConfig};
+    use crate::{lora::Adapter, optim::AdamWConfig, task::PartLosses};
 
     fn adapters() -> AdapterSet {
         let var = |values: &[[f32; 2]; 2]| Var::from_tensor(&Tensor::new(values, &Device::Cpu).unwrap()).unwrap();
@@ -233,7 +300,9 @@ mod tests {
         let outcome = stepper
             .step(
                 0.1,
-                parts.iter().map(|p| Ok((loss(&set, p), p.len() as f64 / n as f64))),
+                parts
+                    .iter()
+                    .map(|p| Ok((loss(&set, p).into(), p.len() as f64 / n as f64))),
             )
             .unwrap();
         (after(&set), outcome)
@@ -288,11 +357,29 @@ mod tests {
     }
 
     #[test]
+    fn losses_are_told_apart_by_part_of_the_schedule_and_parts_without_samples_are_left_out() {
+        let set = adapters();
+        let mut stepper = Stepper::new(&set, config()).unwrap();
+        let batch = |part_of: &[usize], losses: &[f32]| {
+            let mean = loss(&set, &[0.5]);
+            let parts = Some(PartLosses {
+                part_of: part_of.to_vec(),
+                of_sample: Tensor::new(losses, &Device::Cpu).unwrap(),
+            });
+            Ok((BatchLoss { mean, parts }, 0.5))
+        };
+        let outcome = stepper
+            .step(0.1, [batch(&[0, 3], &[1.0, 4.0]), batch(&[3, 3], &[8.0, f32::NAN])])
+            .unwrap();
+        assert_eq!(outcome.parts, BTreeMap::from([(0, 1.0), (3, 6.0)]));
+    }
+
+    #[test]
     fn a_loss_that_is_not_finite_changes_nothing() {
         let set = adapters();
         let before = after(&set);
         let mut stepper = Stepper::new(&set, config()).unwrap();
-        let outcome = stepper.step(0.1, [Ok((loss(&set, &[f32::NAN]), 1.0))]).unwrap();
+        let outcome = stepper.step(0.1, [Ok((loss(&set, &[f32::NAN]).into(), 1.0))]).unwrap();
         assert!(!outcome.applied && outcome.loss.is_nan());
         assert_eq!(after(&set), before);
     }
@@ -302,7 +389,7 @@ mod tests {
         let set = adapters();
         let mut stepper = Stepper::new(&set, config()).unwrap();
         let cut = set.modules["m"].a.as_tensor().sum_all().unwrap();
-        let problem = stepper.step(0.1, [Ok((cut, 1.0))]).unwrap_err().into_problem();
+        let problem = stepper.step(0.1, [Ok((cut.into(), 1.0))]).unwrap_err().into_problem();
         assert_eq!(problem.code, "gradients.missing");
         assert!(problem.detail.contains("m.lora_B.weight"));
     }

@@ -57,14 +57,14 @@ pub trait Family: Sync {
         ))
     }
 
-    /// Steps, memory, warnings for resolved hyperparameters.
+    /// Steps, memory, time and warnings for resolved hyperparameters over the dataset in that folder.
     fn plan(
         &self,
         dir: &Path,
         base: &BaseModelInfo,
         hyperparameters: &Map<String, Value>,
         sampling: &Sampling,
-        n_items: u32,
+        dataset: &Path,
     ) -> Result<Plan, Problem>;
 
     /// Loads the base, prepares the data (latents, embeddings), attaches fresh adapters.
@@ -81,6 +81,30 @@ pub struct MicroBatch {
     pub sample_counters: Vec<u64>,
     /// Items to use, as indices into the task's data.
     pub items: Vec<usize>,
+}
+
+/// Loss of a micro-batch.
+#[derive(Debug)]
+pub struct BatchLoss {
+    /// Mean over its samples, a tracked scalar (f32).
+    pub mean: Tensor,
+    /// The same by sample, for families with a schedule of noise.
+    pub parts: Option<PartLosses>,
+}
+
+/// The samples' own losses.
+#[derive(Debug)]
+pub struct PartLosses {
+    /// Which part of the schedule each sample belongs to, from 0, clean, to noisy.
+    pub part_of: Vec<usize>,
+    /// (b,), f32, untracked: it stays on the device until the step's one read.
+    pub of_sample: Tensor,
+}
+
+impl From<Tensor> for BatchLoss {
+    fn from(mean: Tensor) -> Self {
+        Self { mean, parts: None }
+    }
 }
 
 /// A picture to draw.
@@ -114,9 +138,8 @@ pub trait Task {
         1.0
     }
 
-    /// Mean loss over the micro-batch, as a tracked scalar (f32). Everything random comes from
-    /// `(seed, purpose, sample counter)`.
-    fn loss(&self, batch: &MicroBatch) -> Result<Tensor>;
+    /// Loss of the micro-batch. Everything random comes from `(seed, purpose, sample counter)`.
+    fn loss(&self, batch: &MicroBatch) -> Result<BatchLoss>;
 
     /// From now on, or no longer: what [`Task::loss`] depends on through the adapter, but its gradient by definition does not
     /// see, keeps the value of the next call. There is no such thing, if not overridden.
@@ -126,8 +149,13 @@ pub trait Task {
     fn trivial_loss(&self) -> Option<f64>;
 
     /// Loss on the items that are never trained on, at fixed noise and timesteps, with the adapter as it is now or without
-    /// it; `None` if none were held out. `on_progress` as for [`Task::sample`].
-    fn validate(&self, with_adapter: bool, on_progress: &mut dyn FnMut() -> Result<()>) -> Result<Option<Validation>>;
+    /// it, at most `micro_batch` items at a time; `None` if none were held out. `on_progress` as for [`Task::sample`].
+    fn validate(
+        &self,
+        with_adapter: bool,
+        micro_batch: usize,
+        on_progress: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Option<Validation>>;
 
     /// Draws the prompts, all of them among the job's, with the adapter as it is now or without it. `on_progress` is
     /// called between units of work; an error from it ends the drawing.

@@ -16,6 +16,7 @@ use lorad_proto::{
     event::{StopReason, WorkerEvent},
     spec::Cache,
 };
+use lorad_train::families;
 use serde_json::{Value, json};
 use support::base_folder;
 
@@ -375,4 +376,104 @@ fn another_encoder_never_hits_an_entry_of_before() {
         .replace("\"sample_size\": 16", "\"sample_size\": 32");
     fs::write(&config, text).unwrap();
     assert_eq!(computed(), 3, "a config that changed");
+}
+
+#[test]
+fn the_planned_steps_are_those_of_the_run_with_repeats_and_held_out_items() {
+    let root = tempfile::tempdir().unwrap();
+    let data = root.path().join("data");
+    let mut items = write_dataset(&data, MIXED);
+    for item in &mut items {
+        item.repeats = 1 + item.n % 4;
+    }
+    write_items(&data, &items);
+    for given in [
+        json!({"max_train_steps": null, "num_epochs": 2, "batch_size": 2, "validation_fraction": 0.4}),
+        json!({"max_train_steps": null, "num_epochs": 3, "batch_size": 1, "gradient_accumulation_steps": 2}),
+        json!({"max_train_steps": 3, "batch_size": 2, "validation_fraction": 0.4}),
+    ] {
+        let dir = tempfile::tempdir_in(root.path()).unwrap().keep();
+        let job = spec("tiny-sd1", &data, dir.join("attempt"), &settings(&given));
+        let base = &job.base_model.path;
+        let plan = families::by_id("sd1")
+            .unwrap()
+            .plan(
+                base,
+                &families::inspect_base(base).unwrap(),
+                &job.hyperparameters,
+                &job.sampling,
+                &data,
+            )
+            .unwrap();
+        let log = Recorder::default();
+        train(&job, &log);
+        assert_eq!(log.losses().len() as u64, plan.total_steps, "{given}");
+    }
+}
+
+/// kohya's masks say where the loss counts; one that is black everywhere says nowhere.
+#[test]
+fn pictures_with_black_masks_neither_stop_the_gradient_check_nor_hide_from_it() {
+    let root = tempfile::tempdir().unwrap();
+    let black = |only: Option<u32>| {
+        move |items: &mut Vec<Item>, data: &Path| {
+            for item in items.iter_mut().filter(|item| only.is_none_or(|n| item.n != n)) {
+                let file = format!("{:05}.mask.png", item.n);
+                let path = data.join("files").join(&file);
+                image::GrayImage::new(item.width, item.height).save(&path).unwrap();
+                item.mask = Some(Mask {
+                    file,
+                    sha256: "0".repeat(64),
+                });
+            }
+        }
+    };
+    let given = json!({"masked_loss": true, "batch_size": 1, "max_train_steps": 8});
+    // Whatever comes first, most of it is black: the check finds the one picture that shows something.
+    let (_, log) = trained(root.path(), MIXED, black(Some(0)), &given, None);
+    assert!(
+        log.said("gradient check") && log.alerts().is_empty(),
+        "{:?}",
+        log.alerts()
+    );
+    let (_, log) = trained(root.path(), MIXED, black(None), &given, None);
+    assert!(!log.said("gradient check"));
+    assert_eq!(log.alerts(), ["gradients.not_checked"]);
+}
+
+#[test]
+fn a_steps_losses_by_quarter_of_the_schedule_make_up_its_loss() {
+    let root = tempfile::tempdir().unwrap();
+    let given = json!({"batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 6});
+    let (_, log) = trained(root.path(), MIXED, unchanged, &given, None);
+    let mut seen = [false; 4];
+    for event in log.events.lock().unwrap().iter() {
+        let WorkerEvent::Step(step) = event else { continue };
+        let bins: Vec<f64> = (0..4)
+            .filter_map(|bin| {
+                let loss = step.extra.get(&format!("loss_bin_{bin}")).copied();
+                seen[bin] |= loss.is_some();
+                loss
+            })
+            .collect();
+        let loss = step.loss.unwrap();
+        let (least, most) = bins
+            .iter()
+            .fold((f64::MAX, 0.0_f64), |(a, b), v| (a.min(*v), b.max(*v)));
+        assert!(
+            least <= loss * 1.0001 && loss <= most * 1.0001,
+            "step {}: {loss} of {bins:?}",
+            step.step
+        );
+    }
+    assert_eq!(seen, [true; 4], "six steps of four samples meet every quarter");
+    // With samples of one quarter only, its loss is the loss.
+    let given = json!({"max_timestep": 250, "max_train_steps": 2});
+    let (_, log) = trained(root.path(), MIXED, unchanged, &given, None);
+    for event in log.events.lock().unwrap().iter() {
+        let WorkerEvent::Step(step) = event else { continue };
+        let (loss, bin) = (step.loss.unwrap(), step.extra["loss_bin_0"]);
+        assert!((loss / bin - 1.0).abs() < 1e-5, "{loss} {bin}");
+        assert!(!step.extra.contains_key("loss_bin_1"));
+    }
 }

@@ -349,6 +349,7 @@ fn spec(case: &Case, base: &Path, dir: &Path) -> AttemptSpec {
         attempt_dir: dir.to_owned(),
         init_adapter: None,
         resume_from: None,
+        after_out_of_memory: false,
     }
 }
 

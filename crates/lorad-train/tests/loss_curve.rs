@@ -132,7 +132,7 @@ fn check_curve(pipeline: &str, name: &str, curve: &Curve, inputs: &Tensors, expe
         let micro = curve.batch / curve.accumulation;
         let losses_of_step = (0..curve.accumulation).map(|m| {
             let loss = micro_batch_loss(&unet, &schedule, inputs, step, m * micro, micro);
-            Ok((loss?, 1.0 / curve.accumulation as f64))
+            Ok((loss?.into(), 1.0 / curve.accumulation as f64))
         });
         let outcome = stepper.step(lr, losses_of_step).unwrap();
         assert!(outcome.applied);

@@ -10,6 +10,8 @@ mod attempt;
 mod support;
 #[path = "run/text_encoder.rs"]
 mod text_encoder;
+#[path = "support/tight.rs"]
+mod tight;
 
 use std::{
     collections::BTreeMap,
@@ -17,7 +19,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use attempt::{Recorder, run, write_items};
+use attempt::{Recorder, run, run_with, write_items};
 use lorad_proto::{
     dataset::Item,
     event::{StopReason, WorkerEvent},
@@ -619,4 +621,65 @@ fn a_run_that_explodes_rescues_itself() {
 
     let (end, log) = run_at("unwanted", 0.8, false);
     assert!(matches!(end, WorkerEvent::Failed { .. }) && log.alerts().is_empty());
+}
+
+#[test]
+fn a_run_that_runs_out_of_memory_goes_on_with_half_the_micro_batch_to_the_same_result() {
+    let root = tempfile::tempdir().unwrap();
+    let given = json!({"batch_size": 4, "gradient_accumulation_steps": 1, "max_train_steps": 6});
+    let whole = spec(root.path(), "whole", &given);
+    let (whole_log, log) = (Recorder::default(), Recorder::default());
+    run(&whole, &whole_log);
+    let cut = spec(root.path(), "cut", &given);
+    let end = run_with(&tight::Tight(2), &cut, &log);
+    let WorkerEvent::Done { results } = end else {
+        panic!("{end:?}")
+    };
+    assert_eq!(log.alerts(), ["memory.rescued"]);
+    assert_eq!(results.summary["micro_batch"], 2);
+    let (a, b) = (whole_log.losses(), log.losses());
+    assert_eq!(a.len(), b.len());
+    for ((step, a), (_, b)) in a.iter().zip(&b) {
+        assert!((a / b - 1.0).abs() < 1e-3, "step {step}: {a} and {b}");
+    }
+
+    // What the checkpoint knows is not tried again.
+    let mut resumed = spec(root.path(), "resumed", &given);
+    resumed.resume_from = Some(cut.attempt_dir.join("checkpoints/00000001"));
+    let log = Recorder::default();
+    assert!(matches!(
+        run_with(&tight::Tight(2), &resumed, &log),
+        WorkerEvent::Done { .. }
+    ));
+    assert!(log.alerts().is_empty(), "{:?}", log.alerts());
+
+    // Nor is a second halving.
+    let failed = spec(root.path(), "failed", &given);
+    let end = run_with(&tight::Tight(1), &failed, &Recorder::default());
+    let WorkerEvent::Failed { problem } = end else {
+        panic!("{end:?}")
+    };
+    assert_eq!(problem.code, "device.out_of_memory");
+    assert!(problem.hint.contains("gradient_checkpointing"), "{problem}");
+}
+
+#[test]
+fn an_attempt_after_one_that_was_killed_for_memory_begins_with_half_the_micro_batch() {
+    let root = tempfile::tempdir().unwrap();
+    let mut job = spec(root.path(), "again", &json!({"batch_size": 4, "max_train_steps": 2}));
+    job.after_out_of_memory = true;
+    let log = Recorder::default();
+    assert!(matches!(
+        run_with(&tight::Tight(2), &job, &log),
+        WorkerEvent::Done { .. }
+    ));
+    assert_eq!(log.alerts(), ["memory.rescued"]);
+
+    let mut single = spec(root.path(), "single", &json!({"batch_size": 1, "max_train_steps": 2}));
+    single.after_out_of_memory = true;
+    let end = run(&single, &Recorder::default());
+    let WorkerEvent::Failed { problem } = end else {
+        panic!("{end:?}")
+    };
+    assert_eq!(problem.code, "device.out_of_memory");
 }

@@ -10,6 +10,7 @@
 
 mod bench;
 mod docs;
+mod estimate;
 mod exec;
 mod golden;
 mod provision;
@@ -93,6 +94,12 @@ enum Command {
         #[arg(long, default_value_t = 128)]
         resolution: u32,
     },
+    /// Compare estimates of memory and time with runs of a few small jobs.
+    Estimate {
+        /// Optimizer steps of each run.
+        #[arg(long, default_value_t = 12)]
+        steps: u32,
+    },
     /// The architecture rules alone.
     Tidy,
     /// Check the vendored browser files against `static/vendor/VENDOR.toml`.
@@ -151,6 +158,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Schemathesis { cases, seed } => schemathesis::run(&root, cases, seed).map(|_| ExitCode::SUCCESS),
         Command::Fuzz { seconds, seed } => fuzz(seconds, seed),
         Command::Sd15 { resolution } => sd15::run(&root, resolution).map(|()| ExitCode::SUCCESS),
+        Command::Estimate { steps } => estimate::run(&root, steps).map(|()| ExitCode::SUCCESS),
         Command::Tidy => tidy::print(&root),
         Command::Vendor => {
             let problems = vendor::check(&root);

@@ -176,10 +176,12 @@ function Facts({ job, progress, points, now }) {
   const list = [
     [t("Base model"), html`<a href="#/models">${baseId(job)}</a>`],
     datasetId(job) && [t("Dataset"), html`<a href=${`#/datasets/${encodeURIComponent(datasetId(job))}`}>${job.dataset.name}</a>`],
+    job.queue?.waits_for === "memory" && [t("Waits for"), t("free memory: {b} are needed", { b: bytes(job.plan?.memory_bytes) })],
     [t("Steps"), `${int(done)} / ${total ? int(total) : "?"}`],
     Number.isFinite(progress?.epoch) && [t("Epoch"), num(progress.epoch, 3)],
     progress?.it_s && !isOver(job.status) && [t("Speed"), speed(progress.it_s)],
     progress?.eta_s >= 0 && job.status === "running" && [t("Time left"), duration(progress.eta_s)],
+    job.plan?.duration_s > 0 && !job.finished_at && [t("Expected to take"), duration(job.plan.duration_s)],
     [t("Running for"), Number.isFinite(elapsed(job, now)) ? duration(elapsed(job, now)) : "–"],
     points.length > 0 && [t("Last loss"), num(points.column("loss").at(-1))],
     h.lora_rank !== undefined && [t("Rank"), h.lora_alpha !== undefined && h.lora_alpha !== null ? `${h.lora_rank} (α ${h.lora_alpha})` : h.lora_rank],

@@ -1,5 +1,5 @@
 // Base models that can be trained on.
-import { html, useState } from "../../vendor/preact-htm.js";
+import { html, useEffect, useState } from "../../vendor/preact-htm.js";
 import { api, rows } from "../api.js";
 import { bytes, int } from "../format.js";
 import { useResource, useTitle } from "../hooks.js";
@@ -40,6 +40,46 @@ function Register({ onDone }) {
     <div><button class="btn" disabled=${state.busy}><${Icon} name="plus" />${t("Register")}</button></div></form>`;
 }
 
+function Pull({ onDone }) {
+  const [hubId, setHubId] = useState("");
+  const [state, setState] = useState({ busy: false, error: null });
+  const at = state.error?.fields?.find((f) => ["/hub_id", "/id"].includes(f.pointer))?.detail;
+  const send = async (e) => {
+    e.preventDefault();
+    setState({ busy: true, error: null });
+    try {
+      const model = await api.registerModel({ hub_id: hubId.trim() });
+      setState({ busy: false, error: null });
+      setHubId("");
+      toast(t("Downloading {name}", { name: model.id }), "model");
+      onDone();
+    } catch (error) {
+      setState({ busy: false, error });
+    }
+  };
+  return html`<form class="stack" onSubmit=${send}>
+    <${Field} id="hub-id" label=${t("Model on the hub")} help=${t("owner/name, or owner/name@revision. Only what training needs is downloaded, and checked.")} problem=${at}><input class="input mono" id="f-hub-id" required autocomplete="off" spellcheck="false" placeholder="owner/name" value=${hubId} onInput=${(e) => setHubId(e.currentTarget.value)} aria-invalid=${at ? "true" : undefined} /></${Field}>
+    ${state.error && !at && html`<${Problem} error=${state.error} />`}
+    <div><button class="btn" disabled=${state.busy}><${Icon} name="download" />${t("Download")}</button></div></form>`;
+}
+
+/** A model on its way from a hub. */
+function Downloading({ m, onGone }) {
+  const { hub_id: hubId, done_bytes: done, total_bytes: total, error } = m.download ?? {};
+  const retry = async () => {
+    await api.registerModel({ hub_id: hubId, id: m.id });
+    onGone();
+  };
+  return html`<section class="card model" aria-label=${m.id}><div class="model-head"><span class="face none"><${Icon} name="model" /></span>
+      <div class="grow"><strong class="clip">${m.id}</strong><p class="small muted row num"><span>${hubId}</span>${m.status === "downloading" && html`<span role="status">${t("{a} of {b}", { a: bytes(done), b: bytes(total) })}</span>`}</p></div>
+      ${m.status === "failed" && html`<button type="button" class="btn" onClick=${retry}>${t("Try again")}</button>`}
+      <button type="button" class="btn ghost square" aria-label=${t("Cancel the download of {name}", { name: m.id })} title=${t("Cancel")} onClick=${async () => {
+        await api.deleteModel(m.id);
+        onGone();
+      }}><${Icon} name="x" /></button></div>
+    ${error && html`<${Problem} error=${error} />`}</section>`;
+}
+
 function Model({ m, onGone }) {
   const [asking, setAsking] = useState(false);
   const details = Object.entries(m.details ?? {}).filter(([, v]) => typeof v !== "object");
@@ -60,12 +100,18 @@ export function ModelsPage() {
   const { data, error, loading, reload } = useResource(() => api.models(), []);
   useTitle(t("Models"));
   const list = rows(data);
+  const waiting = list.some((m) => m.status === "downloading");
+  useEffect(() => {
+    const timer = waiting && setInterval(reload, 1000);
+    return () => clearInterval(timer);
+  }, [waiting]);
   return html`<div class="page">
     <div class="page-head"><div class="grow"><h1>${t("Models")}</h1><p class="sub">${t("Base models on this server. Training never changes them.")}</p></div></div>
     ${error && html`<${Problem} error=${error} retry=${reload} />`}
     ${loading && html`<${Skeleton} n=${2} height=${96} />`}
     ${!loading && !error && list.length === 0 && html`<${Empty} icon="model" title=${t("No models")} />`}
-    <div class="stack">${list.map((m) => html`<${Model} key=${m.id} m=${m} onGone=${reload} />`)}</div>
+    <div class="stack">${list.map((m) => html`<${m.download ? Downloading : Model} key=${m.id} m=${m} onGone=${reload} />`)}</div>
+    <${Card} title=${t("Download a model")} icon="download"><${Pull} onDone=${reload} /></${Card}>
     <${Card} title=${t("Register a model")} icon="plus"><${Register} onDone=${reload} /></${Card}>
   </div>`;
 }

@@ -2,7 +2,7 @@
 // Every error of the server stands at its field. The draft survives a reload.
 import { html, useEffect, useMemo, useRef, useState } from "../../vendor/preact-htm.js";
 import { api, idempotencyKey, rows } from "../api.js";
-import { bytes, int, num } from "../format.js";
+import { bytes, duration, int, num } from "../format.js";
 import { useResource, useTitle } from "../hooks.js";
 import { Icon } from "../icons.js";
 import { baseId, datasetId } from "../job_words.js";
@@ -143,13 +143,14 @@ function Plan({ state, ready, missing }) {
   if (!state.plan) return state.error ? null : html`<div class="plan-figures"><div class="sk"></div><div class="sk"></div></div>`;
   return html`<div class=${`stack-s ${state.busy ? "stale" : ""}`}><dl class="plan-figures">
       <div><dt>${t("Steps")}</dt><dd data-plan="steps">${int(plan.total_steps)}</dd></div>
-      <div><dt>${t("Memory")}</dt><dd>${bytes(plan.memory_bytes)}</dd></div>
+      ${plan.duration_s > 0 && html`<div><dt>${t("Time")}</dt><dd data-plan="duration" title=${plan.measured ? t("From finished jobs on this server") : t("From a short measurement of this machine")}>${t("about {d}", { d: duration(plan.duration_s) })}</dd></div>`}
+      <div><dt>${t("Memory")}</dt><dd data-plan="memory">${bytes(plan.memory_bytes)}</dd></div>
       <div><dt>${t("Passes over the data")}</dt><dd>${plan.batches_per_epoch > 0 ? num(plan.total_steps / plan.batches_per_epoch, 3) : "–"}</dd></div>
       ${plan.trainable_params > 0 && html`<div><dt>${t("Trained parameters")}</dt><dd>${int(plan.trainable_params)}</dd></div>`}</dl>
     ${warnings.map((w) => html`<p class="problem-line warn"><${Icon} name="alert" /><span>${w}</span></p>`)}</div>`;
 }
 
-const bases = (models) => rows(models.data).filter((m) => m.kind === "base");
+const bases = (models) => rows(models.data).filter((m) => m.kind === "base" && !m.download);
 
 const FIELD_ROOTS = ["hyperparameters", "sampling"];
 

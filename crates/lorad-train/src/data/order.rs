@@ -28,6 +28,8 @@ pub struct Order {
     buckets: Vec<usize>,
     batch_size: usize,
     accumulation: usize,
+    /// Most samples of a micro-batch: `batch_size`, or less where memory is short.
+    micro_batch: usize,
     /// The newest epoch's order; it is looked up once per window.
     epoch: RefCell<Option<(u64, Vec<usize>)>>,
 }
@@ -49,8 +51,16 @@ impl Order {
             buckets: if buckets.is_empty() { vec![0] } else { buckets },
             batch_size: batch_size.max(1),
             accumulation: accumulation.max(1),
+            micro_batch: batch_size.max(1),
             epoch: RefCell::new(None),
         }
+    }
+
+    /// The same order and windows, cut into micro-batches of at most `micro_batch` samples.
+    #[must_use]
+    pub fn with_micro_batch(mut self, micro_batch: usize) -> Self {
+        self.micro_batch = micro_batch.clamp(1, self.batch_size);
+        self
     }
 
     /// Optimizer steps in one pass over the data.
@@ -92,7 +102,7 @@ impl Order {
         }
         let micro_batches = groups
             .iter()
-            .flat_map(|(_, group)| group.chunks(self.batch_size))
+            .flat_map(|(_, group)| group.chunks(self.micro_batch))
             .map(|chunk| MicroBatch {
                 step,
                 sample_counters: chunk.iter().map(|(counter, _)| *counter).collect(),
@@ -193,6 +203,19 @@ mod tests {
                 }
                 cursor += window.n_samples as u64;
             }
+        }
+
+        #[test]
+        fn smaller_micro_batches_cut_the_same_window(
+            buckets in buckets(), batch in 1_usize..9, accumulation in 1_usize..5, micro in 1_usize..9, seed: u64,
+        ) {
+            let n = buckets.len() as u64;
+            let whole = Order::new(seed, buckets.clone(), batch, accumulation);
+            let cut = Order::new(seed, buckets, batch, accumulation).with_micro_batch(micro);
+            prop_assert_eq!(draw(&whole, n), draw(&cut, n));
+            let most = cut.window(1, 0).micro_batches.iter().map(|m| m.items.len()).max();
+            prop_assert!(most.is_some_and(|most| most <= micro.min(batch)));
+            prop_assert_eq!(whole.window(1, 0).n_samples, cut.window(1, 0).n_samples);
         }
 
         #[test]

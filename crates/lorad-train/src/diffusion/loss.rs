@@ -256,6 +256,23 @@ impl LossConfig {
         weights: &[f64],
         mask: Option<&Tensor>,
     ) -> Result<Tensor> {
+        let (mean, _) = self.losses(schedule, prediction, target, timesteps, weights, mask)?;
+        Ok(mean)
+    }
+
+    /// [`Self::loss`] and, untracked, what each sample has in it, (b,).
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn losses(
+        &self,
+        schedule: &NoiseSchedule,
+        prediction: &Tensor,
+        target: &Tensor,
+        timesteps: &[u32],
+        weights: &[f64],
+        mask: Option<&Tensor>,
+    ) -> Result<(Tensor, Tensor)> {
         let mut distance = self.distance(schedule, &(prediction - target)?, timesteps)?;
         if let Some(mask) = mask {
             distance = distance.broadcast_mul(mask)?;
@@ -269,10 +286,12 @@ impl LossConfig {
             })
             .collect();
         if of_sample.iter().all(|&w| w == 1.0) {
-            return distance.mean_all();
+            let of_sample = distance.detach().flatten_from(1)?.mean(1)?;
+            return Ok((distance.mean_all()?, of_sample));
         }
         let of_sample = Tensor::new(of_sample, distance.device())?;
-        (distance.flatten_from(1)?.mean(1)? * of_sample)?.mean_all()
+        let of_sample = (distance.flatten_from(1)?.mean(1)? * of_sample)?;
+        Ok((of_sample.mean_all()?, of_sample.detach()))
     }
 
     fn distance(&self, schedule: &NoiseSchedule, difference: &Tensor, timesteps: &[u32]) -> Result<Tensor> {

@@ -112,6 +112,7 @@ fn spec(dir: &Path) -> AttemptSpec {
         attempt_dir: path,
         init_adapter: None,
         resume_from: None,
+        after_out_of_memory: false,
     }
 }
 

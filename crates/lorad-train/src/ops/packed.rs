@@ -32,6 +32,14 @@ impl WeightType {
         weight.to_dtype(self.on_devices())?.to_dtype(DType::F32)
     }
 
+    /// Of a value.
+    pub fn bytes(self) -> u64 {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
     /// The type of the tensor on a device other than the CPU.
     pub(super) fn on_devices(self) -> DType {
         match self {

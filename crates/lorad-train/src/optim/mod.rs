@@ -35,6 +35,19 @@ pub enum OptimizerConfig {
     Sgd(SgdConfig),
 }
 
+impl OptimizerConfig {
+    /// Vectors as long as the parameters that the optimizer keeps.
+    pub fn state_vectors(&self) -> u64 {
+        match self {
+            Self::AdamW(_) => 2,
+            Self::Lion(_) | Self::Sgd(_) => 1,
+            // A row and a column per matrix.
+            Self::Adafactor(_) => 0,
+            Self::Prodigy(_) => 4,
+        }
+    }
+}
+
 /// How one optimizer moves parameters. All vectors are flat f32, in the order of the adapter's names, so that a step is a
 /// dozen tensor operations however many modules there are.
 trait Rule: fmt::Debug {

@@ -70,7 +70,7 @@ fn follow(pipeline: &str, name: &str, file: &File, curve: &Curve, inputs: &Tenso
         let batch = batch(&Options::default(), inputs, step);
         let loss = denoising_loss(&unet, &schedule, &LossConfig::default(), &batch);
         stepper
-            .step(file.learning_rate, [loss.map(|l| (l, 1.0)).map_err(Into::into)])
+            .step(file.learning_rate, [loss.map(|l| (l.into(), 1.0)).map_err(Into::into)])
             .unwrap()
     });
 }

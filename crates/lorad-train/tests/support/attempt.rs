@@ -13,7 +13,10 @@ use lorad_proto::{
     event::WorkerEvent,
     spec::{AttemptSpec, BaseModelRef, DatasetRef, Export, Sampling},
 };
-use lorad_train::{families, task::Reporter};
+use lorad_train::{
+    families,
+    task::{Family, Reporter},
+};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -150,6 +153,7 @@ pub(crate) fn spec(pipeline: &str, dataset: &Path, attempt_dir: PathBuf, given: 
         device: "cpu".to_owned(),
         threads: None,
         cache: lorad_proto::spec::Cache::default(),
+        after_out_of_memory: false,
         attempt_dir,
         init_adapter: None,
         resume_from: None,
@@ -157,11 +161,16 @@ pub(crate) fn spec(pipeline: &str, dataset: &Path, attempt_dir: PathBuf, given: 
 }
 
 pub(crate) fn run(spec: &AttemptSpec, reporter: &impl Reporter) -> WorkerEvent {
+    run_with(families::by_id("sd1").unwrap(), spec, reporter)
+}
+
+/// [`run`] with another family.
+pub(crate) fn run_with(family: &dyn Family, spec: &AttemptSpec, reporter: &impl Reporter) -> WorkerEvent {
     fs::create_dir_all(&spec.attempt_dir).unwrap();
     std::thread::scope(|scope| {
         std::thread::Builder::new()
             .stack_size(256 << 20)
-            .spawn_scoped(scope, || families::run_attempt(spec, reporter))
+            .spawn_scoped(scope, || lorad_train::run::run_attempt(family, spec, reporter))
             .unwrap()
             .join()
             .unwrap()

@@ -99,7 +99,7 @@ fn follow(pipeline: &str, name: &str, file: &File, curve: &Curve) {
                 mask: None,
             };
             let loss = denoising_loss(&unet, &schedule, &LossConfig::default(), &batch)?;
-            Ok((loss, 1.0 / curve.accumulation as f64))
+            Ok((loss.into(), 1.0 / curve.accumulation as f64))
         });
         stepper.step(file.learning_rate, micro_batches).unwrap()
     });

@@ -23,7 +23,8 @@ use crate::{
     ops::WeightType,
 };
 
-const UNET: &str = "unet";
+/// The first part of the paths of the UNet's modules.
+pub(super) const UNET: &str = "unet";
 /// The first part of the paths of the text encoder's modules.
 pub(super) const TEXT_ENCODER: &str = "text_encoder";
 
@@ -60,20 +61,6 @@ pub(super) struct Chosen {
 }
 
 impl AdapterSettings {
-    /// Reads them from resolved hyperparameters.
-    ///
-    /// # Errors
-    /// If one is missing.
-    pub(super) fn from_resolved(hyperparameters: &Map<String, Value>) -> Result<Self, Problem> {
-        serde_json::from_value(hyperparameters.clone().into()).map_err(|e| {
-            Problem::new(
-                "spec.unresolved",
-                "The job's settings are incomplete",
-                format!("hyperparameters: {e}"),
-            )
-        })
-    }
-
     /// The modules that get an adapter, in the order of the model.
     ///
     /// # Errors
@@ -412,7 +399,7 @@ mod tests {
         for (name, value) in given.as_object().unwrap() {
             settings[name] = value.clone();
         }
-        AdapterSettings::from_resolved(settings.as_object().unwrap()).unwrap()
+        serde_json::from_value(settings).unwrap()
     }
 
     fn choose(given: &Value) -> Result<Vec<Chosen>, Problem> {

@@ -127,7 +127,7 @@ pub(super) fn encode(
 }
 
 /// The crops and mirror images of one picture. What a cut takes away is the same for the same picture and seed.
-fn framings(item: &Item, placement: Placement, settings: &Settings) -> Vec<Framing> {
+pub(super) fn framings(item: &Item, placement: Placement, settings: &Settings) -> Vec<Framing> {
     let crops = if settings.center_crop || placement.fits() {
         1
     } else {

@@ -4,7 +4,9 @@ mod adapters;
 mod cache;
 pub mod clip;
 pub mod config;
+pub mod cost;
 pub mod keys;
+mod plan;
 mod resnet;
 pub mod schema;
 mod single;
@@ -25,7 +27,7 @@ use lorad_proto::{
 };
 use serde_json::{Map, Value, json};
 
-use self::{adapters::AdapterSettings, schema::BaseFacts, weights::BaseFolder};
+use self::{schema::BaseFacts, weights::BaseFolder};
 use crate::{
     Result,
     diffusion::schedule::NoiseSchedule,
@@ -58,6 +60,10 @@ impl Family for Sd1 {
             schema: crate::schema::json_schema("Hyperparameters of Stable Diffusion 1.x / 2.x", &schema::fields()),
             metrics: vec![
                 metric("loss", "Loss", "", Some(false)),
+                metric("loss_bin_0", "Loss, cleanest quarter of timesteps", "", Some(false)),
+                metric("loss_bin_1", "Loss, second quarter of timesteps", "", Some(false)),
+                metric("loss_bin_2", "Loss, third quarter of timesteps", "", Some(false)),
+                metric("loss_bin_3", "Loss, noisiest quarter of timesteps", "", Some(false)),
                 metric("lr", "Learning rate", "", None),
                 metric("grad_norm", "Gradient norm", "", None),
                 metric("step_ms", "Time per step", "ms", Some(false)),
@@ -157,63 +163,10 @@ impl Family for Sd1 {
         dir: &Path,
         _base: &BaseModelInfo,
         hyperparameters: &Map<String, Value>,
-        _sampling: &Sampling,
-        n_items: u32,
+        sampling: &Sampling,
+        dataset: &Path,
     ) -> Result<Plan, Problem> {
-        let number = |name: &str| hyperparameters.get(name).and_then(Value::as_u64).unwrap_or(1);
-        let base = BaseFolder::open(dir)?;
-        let adapters = AdapterSettings::from_resolved(hyperparameters)?;
-        let trainable_params = adapters.params(&adapters.choose(&base)?);
-        let on = |name: &str| hyperparameters.get(name) == Some(&Value::Bool(true));
-        let (batch, items) = (number("batch_size"), u64::from(n_items));
-        let mut warnings = Vec::new();
-        if batch > items && items > 0 {
-            warnings.push(format!(
-                "batch_size {batch} is larger than the dataset: every step sees all {items} pictures."
-            ));
-        }
-        if adapters.use_dora() {
-            warnings.push(format!(
-                "With use_dora there is no kohya file: {}.",
-                crate::export::NO_KOHYA_DORA
-            ));
-        }
-        let total_steps = schema::steps(hyperparameters, n_items as usize);
-        if items > 0 && total_steps * batch > 1000 * items {
-            warnings.push(format!(
-                "Each picture will be seen {} times; so many repetitions usually overfit.",
-                total_steps * batch * number("gradient_accumulation_steps") / items
-            ));
-        }
-        if number("lr_warmup_steps") >= total_steps && number("lr_warmup_steps") > 1 {
-            warnings.push("The warm-up is as long as the run: the learning rate never reaches its value.".to_owned());
-        }
-        let text = |name: &str| hyperparameters.get(name).and_then(Value::as_str);
-        let mut memory = Memory::estimate(
-            &base,
-            if matches!(text("mixed_precision"), Some("fp16" | "bf16")) {
-                2
-            } else {
-                4
-            },
-            batch,
-            number("resolution"),
-            trainable_params,
-        )?;
-        if on("shuffle_caption") || on("train_text_encoder") {
-            // The text encoder stays.
-            memory.fixed += 4 * parameters(&base, keys::Part::TextEncoder)?;
-        }
-        if on("train_text_encoder") {
-            memory.add_text_encoder(&base, batch)?;
-        }
-        Ok(Plan {
-            total_steps,
-            batches_per_epoch: items.div_ceil(batch.max(1)),
-            trainable_params,
-            memory_bytes: memory.total(text("gradient_checkpointing") == Some("on")),
-            warnings,
-        })
+        plan::plan(&BaseFolder::open(dir)?, hyperparameters, sampling, dataset)
     }
 
     fn open(&self, spec: &AttemptSpec, device: &Device, reporter: &dyn Reporter) -> Result<Box<dyn Task>> {
@@ -243,68 +196,4 @@ fn weight_bytes(base: &BaseFolder) -> Result<u64, Problem> {
         .map(|metadata| metadata.len())
         .sum();
     Ok(bytes)
-}
-
-/// Memory of training, roughly, in bytes.
-#[derive(Debug, Clone, Copy)]
-struct Memory {
-    /// Frozen weights, the adapter with its gradient and moments, and the program.
-    fixed: u64,
-    /// What the graph keeps of the forward pass.
-    activations: u64,
-    /// What of that is kept with gradient checkpointing, with the layer that is being computed again.
-    checkpoints: u64,
-}
-
-impl Memory {
-    /// For weights of `weight_bytes` each.
-    fn estimate(
-        base: &BaseFolder,
-        weight_bytes: u64,
-        batch: u64,
-        resolution: u64,
-        trainable: u64,
-    ) -> Result<Self, Problem> {
-        /// Activations that a layer (residual block and transformer) keeps, in units of its output; measured.
-        const KEPT_PER_LAYER: u64 = 40;
-        let side = resolution / base.vae.downscale() as u64;
-        let (mut outputs, mut largest) = (0, 0);
-        for (level, (&channels, &layers)) in base
-            .unet
-            .block_out_channels
-            .iter()
-            .zip(&base.unet.layers_per_block)
-            .enumerate()
-        {
-            let side = side >> level;
-            let output = 4 * batch * side * side * channels as u64;
-            outputs += output * (2 * layers as u64 + 1);
-            largest = output.max(largest);
-        }
-        Ok(Self {
-            fixed: weight_bytes * parameters(base, keys::Part::Unet)? + 4 * 5 * trainable + (64 << 20),
-            activations: outputs * KEPT_PER_LAYER,
-            checkpoints: 2 * outputs + largest * KEPT_PER_LAYER,
-        })
-    }
-
-    /// What a text encoder that is trained keeps for the backward.
-    fn add_text_encoder(&mut self, base: &BaseFolder, batch: u64) -> Result<(), Problem> {
-        /// Activations that a layer keeps, in units of its output: those of attention and, four times as wide, of the MLP.
-        const KEPT_PER_LAYER: u64 = 20;
-        let config = &base.text_encoder;
-        let output = 4 * batch * base.tokenizer()?.max_length() as u64 * config.hidden_size as u64;
-        self.activations += output * config.num_hidden_layers as u64 * KEPT_PER_LAYER;
-        self.checkpoints += output * (config.num_hidden_layers as u64 + KEPT_PER_LAYER);
-        Ok(())
-    }
-
-    fn total(&self, checkpointing: bool) -> u64 {
-        self.fixed
-            + if checkpointing {
-                self.checkpoints
-            } else {
-                self.activations
-            }
-    }
 }

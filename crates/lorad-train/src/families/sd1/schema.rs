@@ -458,15 +458,6 @@ pub(super) fn resolve(base: BaseFacts<'_>, given: &Map<String, Value>) -> Result
     Ok(map)
 }
 
-/// Optimizer steps of resolved hyperparameters over `n_items`: `max_train_steps`, or `num_epochs` times the windows of an
-/// epoch.
-pub(super) fn steps(hyperparameters: &Map<String, Value>, n_items: usize) -> u64 {
-    let number = |name: &str| hyperparameters.get(name).and_then(Value::as_u64);
-    let window = number("batch_size").unwrap_or(1) * number("gradient_accumulation_steps").unwrap_or(1);
-    let per_epoch = (n_items as u64).div_ceil(window.max(1));
-    number("max_train_steps").unwrap_or_else(|| number("num_epochs").unwrap_or(1).saturating_mul(per_epoch))
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -567,12 +558,5 @@ mod tests {
         assert_eq!(pointers(json!({"zero_terminal_snr": true})), ["/zero_terminal_snr"]);
         assert!(resolved(&json!({"zero_terminal_snr": true, "prediction_type": "v_prediction"})).is_ok());
         assert!(resolved(&json!({"loss_type": "smooth_l1", "huber_schedule": "constant", "huber_scale": 2})).is_ok());
-    }
-
-    #[test]
-    fn epochs_become_steps_with_the_last_window_counted() {
-        let map = resolved(&json!({"num_epochs": 3, "batch_size": 4, "gradient_accumulation_steps": 2})).unwrap();
-        assert_eq!(steps(&map, 20), 9);
-        assert_eq!(steps(&resolved(&json!({"max_train_steps": 5})).unwrap(), 20), 5);
     }
 }

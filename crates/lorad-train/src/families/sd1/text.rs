@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// Texts that go through the text encoder at a time, before training.
-const TEXT_BATCH: usize = 16;
+pub(super) const TEXT_BATCH: usize = 16;
 
 /// The embeddings of a job's texts.
 #[derive(Debug)]

@@ -19,6 +19,7 @@ use sha2::{Digest, Sha256};
 use super::{
     adapters::TEXT_ENCODER,
     cache::{self, CachedItem},
+    plan::JobPlan,
     schema::Settings,
     text::Texts,
     unet::UNet2DConditionModel,
@@ -31,18 +32,19 @@ use crate::{
     diffusion::{ddim::Ddim, loss::LossConfig, sample::sample_latents, schedule::NoiseSchedule},
     export::{self, BaseTraits, ExportJob},
     lora::AdapterSet,
+    memory,
     nn::dropout::{Dropout, with_dropout},
     rng::{Purpose, Stream},
-    task::{ExportContext, MicroBatch, Prompt, Reporter, Task},
+    task::{BatchLoss, ExportContext, MicroBatch, PartLosses, Prompt, Reporter, Task},
     validation::{self, Validation},
 };
 
 /// Held-out items that a validation looks at.
-const VALIDATION_ITEMS: usize = 32;
-/// Parts of the schedule that a validation looks at and tells apart.
-const VALIDATION_BINS: usize = 4;
+pub(super) const VALIDATION_ITEMS: usize = 32;
+/// Parts of the schedule whose losses are told apart.
+const SCHEDULE_PARTS: usize = 4;
 /// Pictures drawn at a time; with guidance the UNet sees twice as many.
-const SAMPLE_BATCH: usize = 8;
+pub(super) const SAMPLE_BATCH: usize = 8;
 
 /// What one forward and backward pass works on.
 #[derive(Debug)]
@@ -78,11 +80,21 @@ pub fn denoising_loss(
     config: &LossConfig,
     batch: &DenoisingBatch,
 ) -> candle_core::Result<Tensor> {
+    Ok(denoising_losses(unet, schedule, config, batch)?.0)
+}
+
+/// [`denoising_loss`] and, untracked, what each sample has in it, (b,).
+fn denoising_losses(
+    unet: &UNet2DConditionModel,
+    schedule: &NoiseSchedule,
+    config: &LossConfig,
+    batch: &DenoisingBatch,
+) -> candle_core::Result<(Tensor, Tensor)> {
     let noisy = schedule.add_noise(&batch.latents, &batch.noise, &batch.timesteps)?;
     let target = schedule.target(&batch.latents, &batch.noise, &batch.timesteps)?;
     let t = Tensor::new(batch.timesteps.as_slice(), batch.latents.device())?;
     let prediction = unet.forward(&noisy, &t, &batch.encoder_hidden_states)?;
-    config.loss(
+    config.losses(
         schedule,
         &prediction,
         &target,
@@ -144,6 +156,8 @@ impl Sd1Task {
         ]);
         reporter.check_stop()?;
 
+        let plan = JobPlan::new(&base, &spec.hyperparameters, &spec.sampling, &items)?;
+
         // Each model is dropped before the next one is loaded; the UNet, the largest, comes last.
         let sampling = &spec.sampling;
         let captions = &settings.data.caption;
@@ -203,16 +217,8 @@ impl Sd1Task {
 
         let dtype = settings.mixed_precision.weight_type();
         let unet = UNet2DConditionModel::load_as(&base, device, &adapters, dtype)?;
-        let batch = settings.batch_size as u64;
-        let trainable = adapters.named_vars().iter().map(|(_, v)| v.elem_count() as u64).sum();
-        let mut memory = super::Memory::estimate(&base, 0, batch, u64::from(settings.resolution), trainable)?;
-        if settings.train_text_encoder {
-            memory.add_text_encoder(&base, batch)?;
-        }
         // The weights are loaded by now; what is asked is whether the rest fits.
-        let checkpointing = settings
-            .gradient_checkpointing
-            .decide(memory.total(false), crate::memory::available_bytes());
+        let checkpointing = plan.checkpointing(memory::resident_bytes(), memory::available_bytes());
         if checkpointing && !device.is_cpu() {
             reporter.log(
                 Level::Warn,
@@ -316,11 +322,11 @@ impl Sd1Task {
     fn validation_batch(&self, items: &[CachedItem], first: usize, bin: usize) -> Result<DenoisingBatch> {
         let (mut latents, mut noises, mut timesteps, mut texts) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for (i, item) in items.iter().enumerate() {
-            let counter = 1 + ((first + i) * VALIDATION_BINS + bin) as u64;
+            let counter = 1 + ((first + i) * SCHEDULE_PARTS + bin) as u64;
             let mut stream = Stream::new(self.settings.seed, Purpose::Validation, counter);
             let mean = &item.variants[0].mean;
             latents.push((mean * self.scaling_factor)?);
-            let part = (bin as f64 + stream.uniform()) / VALIDATION_BINS as f64;
+            let part = (bin as f64 + stream.uniform()) / SCHEDULE_PARTS as f64;
             timesteps.push((part * self.schedule.num_train_timesteps() as f64) as u32);
             noises.push(Tensor::from_vec(
                 stream.normals(mean.elem_count()),
@@ -355,7 +361,7 @@ impl Sd1Task {
 }
 
 /// Which items are never trained on: the seed chooses among those that are no regularisation images.
-fn held_out(items: &[Item], settings: &Settings) -> Vec<bool> {
+pub(super) fn held_out(items: &[Item], settings: &Settings) -> Vec<bool> {
     let plain: Vec<usize> = (0..items.len()).filter(|&i| !items[i].is_reg).collect();
     let n = validation::held_out(settings.validation_fraction, plain.len());
     let mut held = vec![false; items.len()];
@@ -427,18 +433,26 @@ impl Task for Sd1Task {
         }
     }
 
-    fn loss(&self, batch: &MicroBatch) -> Result<Tensor> {
-        let dropout = self.dropout(batch);
-        // The text encoder has a part in the inputs.
-        with_dropout(dropout, || {
-            let batch = self.inputs(batch)?;
-            Ok(denoising_loss(&self.unet, &self.schedule, &self.settings.loss, &batch)?)
-        })
-    }
-
     fn hold_constants(&self, hold: bool) {
         self.unet.hold_constants(hold);
         self.texts.hold_constants(hold);
+    }
+
+    fn loss(&self, batch: &MicroBatch) -> Result<BatchLoss> {
+        let dropout = self.dropout(batch);
+        // The text encoder has a part in the inputs.
+        let (timesteps, (mean, of_sample)) = with_dropout(dropout, || -> Result<_> {
+            let batch = self.inputs(batch)?;
+            let losses = denoising_losses(&self.unet, &self.schedule, &self.settings.loss, &batch)?;
+            Ok((batch.timesteps, losses))
+        })?;
+        let n = self.schedule.num_train_timesteps();
+        let part = |t: &u32| (*t as usize * SCHEDULE_PARTS / n).min(SCHEDULE_PARTS - 1);
+        let parts = Some(PartLosses {
+            part_of: timesteps.iter().map(part).collect(),
+            of_sample,
+        });
+        Ok(BatchLoss { mean, parts })
     }
 
     /// Noise has unit variance, and so have velocities of scaled latents; other losses weight them.
@@ -447,17 +461,22 @@ impl Task for Sd1Task {
         (plain && self.settings.loss == LossConfig::default()).then_some(1.0)
     }
 
-    fn validate(&self, with_adapter: bool, on_progress: &mut dyn FnMut() -> Result<()>) -> Result<Option<Validation>> {
+    fn validate(
+        &self,
+        with_adapter: bool,
+        micro_batch: usize,
+        on_progress: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Option<Validation>> {
         if self.held_out.is_empty() {
             return Ok(None);
         }
         // Every item meets one timestep of each part of the schedule; the last items are not needed for a good mean.
         let items = &self.held_out[..self.held_out.len().min(VALIDATION_ITEMS)];
-        let mut sums = [0.0; VALIDATION_BINS];
+        let mut sums = [0.0; SCHEDULE_PARTS];
         for (bin, sum) in sums.iter_mut().enumerate() {
             let mut first = 0;
             let batches = items.chunk_by(|a, b| a.size == b.size);
-            for items in batches.flat_map(|items| items.chunks(self.settings.batch_size)) {
+            for items in batches.flat_map(|items| items.chunks(micro_batch.max(1))) {
                 on_progress()?;
                 // The plain loss, whatever the job trains on: runs with other weights stay comparable.
                 let loss = self.with_adapters(with_adapter, || {
@@ -475,7 +494,7 @@ impl Task for Sd1Task {
         }
         let bins: Vec<f64> = sums.iter().map(|sum| sum / items.len() as f64).collect();
         Ok(Some(Validation {
-            loss: bins.iter().sum::<f64>() / VALIDATION_BINS as f64,
+            loss: bins.iter().sum::<f64>() / SCHEDULE_PARTS as f64,
             bins,
         }))
     }
