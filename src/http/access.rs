@@ -260,7 +260,7 @@ pub(super) async fn authorize(State(access): State<Arc<Access>>, request: Reques
     let mut response = match (verdict, allowed) {
         (Some(verdict), _) if !verdict.allowed => too_many(verdict).into_response(),
         (_, Err(error)) => {
-            audit::refused(access.app.clone(), &caller, &parts, &error).await;
+            audit::refused(access.app.clone(), &caller, &parts, &error);
             error.into_response()
         }
         (_, Ok(())) => {

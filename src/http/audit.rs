@@ -31,33 +31,24 @@ struct Pending {
 }
 
 impl Pending {
-    async fn done(mut self, status: u16, object: Option<String>) {
-        let Some(mut entry) = self.entry.take() else { return };
-        entry.status = status;
-        entry.object = object;
-        write(self.app.clone(), entry).await;
+    fn done(mut self, status: u16, object: Option<String>) {
+        if let Some(entry) = &mut self.entry {
+            entry.status = status;
+            entry.object = object;
+        }
     }
 }
 
 impl Drop for Pending {
     fn drop(&mut self) {
         if let Some(entry) = self.entry.take() {
-            tokio::spawn(write(self.app.clone(), entry));
+            let max_entries = self.app.config.server.audit_entries;
+            self.app.store.note_audit(entry, max_entries);
         }
     }
 }
 
-async fn write(app: App, entry: AuditEntry) {
-    if let Err(error) = app.store.append_audit(&entry, app.config.server.audit_entries).await {
-        tracing::error!(
-            request.id = entry.request_id,
-            error = &error as &dyn std::error::Error,
-            "not in the audit log"
-        );
-    }
-}
-
-/// Runs a request and writes it down if it is one that changes something. The answer waits until it is written.
+/// Runs a request and writes it down if it is one that changes something.
 pub(super) async fn record(app: App, caller: &Caller, request: Request, next: Next) -> Response {
     let (parts, body) = request.into_parts();
     let pending = pending(app, caller, &parts);
@@ -68,14 +59,14 @@ pub(super) async fn record(app: App, caller: &Caller, request: Request, next: Ne
     let response = next.run(request).await;
     let made = response.headers().get(header::LOCATION).and_then(|at| at.to_str().ok());
     let object = made.and_then(|at| at.rsplit('/').next()).map(str::to_owned);
-    pending.done(response.status().as_u16(), object).await;
+    pending.done(response.status().as_u16(), object);
     response
 }
 
 /// Writes down a request that was not let in.
-pub(super) async fn refused(app: App, caller: &Caller, request: &Parts, error: &ApiError) {
+pub(super) fn refused(app: App, caller: &Caller, request: &Parts, error: &ApiError) {
     if let Some(pending) = pending(app, caller, request) {
-        pending.done(error.status().as_u16(), None).await;
+        pending.done(error.status().as_u16(), None);
     }
 }
 

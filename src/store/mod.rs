@@ -21,6 +21,7 @@ mod upkeep;
 use std::{
     os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::Path,
+    sync::Arc,
     time::Duration,
 };
 
@@ -200,6 +201,7 @@ pub(super) async fn commit(tx: Tx, point: Point) -> Result<(), sqlx::Error> {
 pub struct Store {
     writer: SqlitePool,
     readers: SqlitePool,
+    audit: Arc<audit::Buffer>,
 }
 
 impl Store {
@@ -255,7 +257,11 @@ impl Store {
             .connect_with(options.pragma("query_only", "on"))
             .await
             .map_err(at)?;
-        Ok(Self { writer, readers })
+        Ok(Self {
+            writer,
+            readers,
+            audit: Arc::default(),
+        })
     }
 
     /// Starts a write: waits for the one writer connection, then takes SQLite's write lock at once, so that a
@@ -342,6 +348,12 @@ impl Store {
 
     /// Writes the log back into the database file and closes every connection.
     pub async fn close(&self) {
+        if let Err(error) = self.flush_audit().await {
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "entries of the audit log are lost"
+            );
+        }
         self.readers.close().await;
         if let Err(error) = sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)")
             .execute(&self.writer)
