@@ -1,17 +1,13 @@
 //! The audit log.
 
-<<<<<<< HEAD
-use lorad_faults::Point;
-
-use super::{Result, Store, commit, query, rows};
-=======
 use std::{
     sync::{Mutex, PoisonError},
     time::Duration,
 };
 
-use super::{Result, Store, query, rows};
->>>>>>> 8961179 (audit: write entries together, beside the requests)
+use lorad_faults::Point;
+
+use super::{Result, Store, commit, query, rows};
 use crate::domain::AuditEntry;
 
 /// How long an entry waits for others to be written with: no request pays for a flush of the disk of its own.
@@ -80,16 +76,12 @@ impl Store {
             .map_err(query("write the audit log"))?
             .last_insert_rowid();
         }
-<<<<<<< HEAD
-        commit(tx, Point::Manage).await.map_err(query("write the audit log"))
-=======
         sqlx::query("DELETE FROM audit WHERE id <= ?")
             .bind(newest.saturating_sub(max_entries))
             .execute(&mut *tx)
             .await
             .map_err(query("shorten the audit log"))?;
-        tx.commit().await.map_err(query("write the audit log"))
->>>>>>> 8961179 (audit: write entries together, beside the requests)
+        commit(tx, Point::Manage).await.map_err(query("write the audit log"))
     }
 
     /// Entries, newest first, older than `after` if given; and whether more follow. What was noted before the call is there.
