@@ -18,7 +18,7 @@ pub(crate) fn run(root: &Path, check: bool) -> Result<()> {
         "--release",
         "--quiet",
         "--workspace",
-        "--bins",
+        "--all-targets",
     ]))?;
     let lorad = exec::target_dir(root).join("release/lorad");
     let families: Value = serde_json::from_str(&exec::output(Command::new(&lorad).args(["families", "--json"]))?)

@@ -39,7 +39,7 @@ impl Server {
             "--release",
             "--quiet",
             "--workspace",
-            "--bins",
+            "--all-targets",
         ]))?;
         let dir = tempfile::tempdir().context("make a folder for the server")?;
         let mut child = Command::new(exec::target_dir(root).join("release/lorad"))

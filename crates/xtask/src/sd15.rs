@@ -51,7 +51,7 @@ struct Figures {
 /// # Errors
 /// If a part cannot be run, a result file lacks a module, or the two bases give different adapters.
 pub(crate) fn run(root: &Path, resolution: u32) -> Result<()> {
-    let cargo = ["build", "--release", "--quiet", "--workspace", "--bins"];
+    let cargo = ["build", "--release", "--quiet", "--workspace", "--all-targets"];
     exec::must(&mut exec::cargo(cargo))?;
     let lorad = exec::target_dir(root).join("release/lorad");
     let python = provision::oracle(root)?;

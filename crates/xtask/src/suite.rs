@@ -163,7 +163,7 @@ fn browser(root: &Path) -> Result<Tally> {
         "--release",
         "--quiet",
         "--workspace",
-        "--bins",
+        "--all-targets",
     ]))?;
     let mut tests: Vec<_> = fs::read_dir(&folder)
         .with_context(|| format!("read {}", folder.display()))?
