@@ -125,6 +125,10 @@ impl Executor for LocalExecutor {
             .stderr(log)
             .process_group(0)
             .kill_on_drop(false);
+        if launch.memory_bytes > 0 {
+            // The limit counts what may be written to: mimalloc's reserve of a gigabyte must not be, before it is used.
+            command.env("MIMALLOC_ARENA_EAGER_COMMIT", "0");
+        }
         if launch.threads > 0 {
             command.env("RAYON_NUM_THREADS", launch.threads.to_string());
         }

@@ -10,7 +10,7 @@ mod select;
 use std::{fmt, str::FromStr, time::Duration};
 
 use lorad_proto::problem::Problem;
-use reqwest::{StatusCode, header};
+use reqwest::header;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -271,8 +271,8 @@ impl Hub {
         if status.is_success() {
             return Ok(response);
         }
-        Err(match status {
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Problem::new(
+        Err(match status.as_u16() {
+            401 | 403 => Problem::new(
                 "hub.forbidden",
                 "The hub does not give this model out",
                 format!("{} answered {status} for {what}.", self.endpoint),
@@ -281,7 +281,7 @@ impl Hub {
                 "The name may be misspelt. If the model is private or gated: accept its terms on the hub, and start lorad with a \
                  token that may read it in HF_TOKEN.",
             ),
-            StatusCode::NOT_FOUND => Problem::new(
+            404 => Problem::new(
                 "hub.not_found",
                 "The hub has no such model or revision",
                 format!("{} answered {status} for {what}.", self.endpoint),

@@ -9,7 +9,7 @@ use std::{
 
 use futures_util::StreamExt;
 use lorad_proto::problem::Problem;
-use reqwest::{StatusCode, header};
+use reqwest::header;
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
 use tokio_util::sync::CancellationToken;
@@ -18,6 +18,8 @@ use super::{Hash, Hub, RemoteFile, Snapshot};
 
 /// Times that a file is asked for again after the connection was lost, in a row without a byte.
 const TRIES: u32 = 4;
+/// HTTP status of an answer to a range.
+const PARTIAL_CONTENT: u16 = 206;
 /// First pause before that; doubles each time.
 const PAUSE: Duration = Duration::from_millis(500);
 
@@ -145,7 +147,7 @@ async fn stream(
         return Err(problem.map_or(Stopped::Refused(cancelled()), Stopped::Lost));
     }
     let response = hub.accept(response, &file.path).map_err(Stopped::Refused)?;
-    let goes_on = have > 0 && response.status() == StatusCode::PARTIAL_CONTENT;
+    let goes_on = have > 0 && response.status().as_u16() == PARTIAL_CONTENT;
     let mut open = tokio::fs::OpenOptions::new();
     open.create(true).write(true);
     // A server that knows no ranges sends everything again.

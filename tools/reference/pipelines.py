@@ -43,6 +43,16 @@ CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsam
 TEXT_ENCODER_TARGETS = ["k_proj", "out_proj", "q_proj", "v_proj"]
 
 
+def save(out: Path, tensors: dict[str, torch.Tensor]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, out)
+
+
+def save_json(out: Path, value) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(value, indent=1, ensure_ascii=True) + "\n")
+
+
 def set_deterministic(seed: int) -> None:
     """One thread and deterministic kernels: the same numbers on every run."""
     torch.manual_seed(seed)
