@@ -377,13 +377,13 @@ async fn a_training_run_under_a_memory_limit_halves_its_micro_batch_and_ends() {
     let server = TestServer::with(&[
         ("scheduler.worker_program", program),
         ("scheduler.worker_memory_bytes", &limit),
-        ("scheduler.threads", "2"),
+        ("scheduler.nice", "0"),
     ])
     .await;
     let store = server.store();
     let dataset = store.dataset_by_name("silhouettes").await.unwrap().unwrap();
     let model = store.model(&"demo-icons".parse().unwrap()).await.unwrap();
-    let given = json!({"max_train_steps": 2, "batch_size": 48, "lora_rank": 2, "resolution": 128, "enable_bucket": false,
+    let given = json!({"max_train_steps": 1, "batch_size": 48, "lora_rank": 2, "resolution": 128, "enable_bucket": false,
         "gradient_checkpointing": "off"});
     let hyperparameters = catalog.resolve("sd1", &model.info, given.as_object().unwrap()).unwrap();
     let plan = catalog
@@ -413,11 +413,17 @@ async fn a_training_run_under_a_memory_limit_halves_its_micro_batch_and_ends() {
         },
         ..scripted_job(dataset.id, &json!({}))
     };
-    let job = server.handle.app().create_job(&new, None).await.unwrap();
-    let job = server.ended(job.id).await;
+    let mut job = server.handle.app().create_job(&new, None).await.unwrap();
+    // Two attempts at real work, on machines that do other work meanwhile.
+    let begun = Instant::now();
+    while !job.status.is_final() {
+        assert!(begun.elapsed() < 5 * PATIENCE, "{} at step {}", job.status, job.step);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        job = store.job(job.id).await.unwrap();
+    }
     assert_eq!(
         (job.status, job.attempt, job.memory_rescues, job.step),
-        (JobStatus::Succeeded, 2, 1, 2),
+        (JobStatus::Succeeded, 2, 1, 1),
         "{:?}",
         job.error
     );

@@ -42,7 +42,7 @@ pub(super) struct AdapterSettings {
     pub(super) lora_dropout: f64,
     init_lora_weights: LoraInit,
     target_modules: Value,
-    train_text_encoder: bool,
+    pub(super) train_text_encoder: bool,
 }
 
 /// A module and the adapter that it gets.

@@ -132,8 +132,9 @@ impl JobPlan {
             prompts: sampling.prompts.len() as u64,
             rounds,
             inference_steps: u64::from(sampling.num_inference_steps),
-            keeps_text_encoder: settings.data.caption.shuffle_caption || settings.train_text_encoder,
+            keeps_text_encoder: settings.data.caption.shuffle_caption || settings.adapters.train_text_encoder,
             text_encoder_rank: settings
+                .adapters
                 .train_text_encoder
                 .then(|| largest_rank(&|m| m.root == TEXT_ENCODER)),
             adapter: AdapterCost {
@@ -194,7 +195,7 @@ impl JobPlan {
                 settings.resolution,
                 self.trainable_params,
                 self.n_modules,
-                if settings.train_text_encoder {
+                if settings.adapters.train_text_encoder {
                     " and text encoder"
                 } else {
                     ""

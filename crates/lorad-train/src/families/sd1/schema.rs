@@ -287,7 +287,6 @@ static FIELDS: &[Field] = &[
 #[derive(Debug, Clone, Deserialize)]
 pub(super) struct Settings {
     pub(super) learning_rate: f64,
-    pub(super) train_text_encoder: bool,
     /// `None`: it is not trained.
     pub(super) text_encoder_lr: Option<f64>,
     pub(super) resolution: u32,

@@ -51,7 +51,7 @@ impl Texts {
     ) -> Result<Self> {
         let encoder = TextEncoder::load(base, device, adapters)?;
         encoder.warn_of_long(texts, reporter)?;
-        let trained = settings.train_text_encoder;
+        let trained = settings.adapters.train_text_encoder;
         let known = if trained {
             BTreeMap::new()
         } else {
