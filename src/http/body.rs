@@ -309,14 +309,25 @@ fn kind_of(value: &Value) -> &'static str {
     }
 }
 
-/// Refuses an upload that the disk has no room for, before any of it is read. A client that does not say how much it
+/// Refuses an upload that is too large, or that the disk has no room for, before any of it is read. A client that does not say how much it
 /// sends is refused only when there is hardly any room for anything.
 pub(super) fn require_space(app: &App, headers: &HeaderMap) -> ApiResult<()> {
     let announced = headers
         .get(header::CONTENT_LENGTH)
         .and_then(|v| v.to_str().ok()?.parse::<u64>().ok())
         .unwrap_or(0);
+    let limit = app.config.limits.upload_bytes;
+    if announced > limit {
+        return Err(upload_too_large(limit));
+    }
     require_room(app, announced)
+}
+
+fn upload_too_large(limit: u64) -> ApiError {
+    ApiError::new(
+        Code::BodyTooLarge,
+        format!("An upload may have at most {} MiB.", limit >> 20),
+    )
 }
 
 /// Refuses what would leave too little space on the disk.
@@ -364,8 +375,7 @@ pub(super) async fn upload(mut field: Field<'_>, staging: &Path, limit: u64) -> 
         };
         bytes += chunk.len() as u64;
         if bytes > limit {
-            let detail = format!("An upload may have at most {} MiB.", limit >> 20);
-            return Err(ApiError::new(Code::BodyTooLarge, detail));
+            return Err(upload_too_large(limit));
         }
         // Chunks are small (tens of KiB) and go to the page cache, so a blocking write here costs microseconds.
         sha256.update(&chunk);

@@ -154,7 +154,7 @@ const CASES: [Case; 8] = [
         rank: 3,
         alpha: 6.0,
         conv: Some((4, 2.0)),
-        use_dora: true,
+        use_dora: false,
         merged: true,
         text_encoder: true,
     },

@@ -1,9 +1,6 @@
 //! Which modules get an adapter, and of what size.
 
-use std::{
-    collections::{BTreeMap, btree_map::Entry},
-    path::Path,
-};
+use std::path::Path;
 
 use candle_core::Device;
 use lorad_proto::problem::{FieldError, Problem};
@@ -181,7 +178,7 @@ impl AdapterSettings {
     /// As [`Self::choose`], or if a tensor cannot be read or made.
     pub(super) fn fresh(&self, base: &BaseFolder, dtype: WeightType, seed: u64, device: &Device) -> Result<AdapterSet> {
         let mut set = AdapterSet::default();
-        let mut opened = BTreeMap::new();
+        let weights = self.use_dora.then(|| base.weights(Part::Unet)).transpose()?;
         for Chosen {
             root,
             path: key,
@@ -192,14 +189,7 @@ impl AdapterSettings {
         {
             let path = format!("{root}.{key}");
             let mut adapter = init::fresh(&path, kind, rank, alpha, self.init_lora_weights, seed, device)?;
-            if self.use_dora {
-                let weights = match opened.entry(root) {
-                    Entry::Occupied(weights) => weights.into_mut(),
-                    Entry::Vacant(place) => place.insert(base.weights(match root {
-                        TEXT_ENCODER => Part::TextEncoder,
-                        _ => Part::Unet,
-                    })?),
-                };
+            if let Some(weights) = &weights {
                 let weight = weights.tensor(&format!("{key}.weight"), &kind.weight_shape(), &Device::Cpu)?;
                 adapter.magnitude = Some(init::magnitude(&dtype.round(&weight)?, kind, device)?);
             }
@@ -268,6 +258,9 @@ pub(super) fn adopt(
     let with_magnitudes = stored.modules.values().filter(|a| a.magnitude.is_some()).count();
     if with_magnitudes % stored.modules.len() != 0 {
         return Err(unfit("some of its modules are DoRA and some are not; lorad trains one kind at a time").into());
+    }
+    if with_magnitudes > 0 && given.get("train_text_encoder") == Some(&Value::Bool(true)) {
+        return Err(unfit(NO_DORA_IN_TEXT_ENCODER).into());
     }
     let (mut ranks, mut alphas) = (Map::new(), Map::new());
     let mut put = |names: (&str, &str), group: &[(&String, &Adapter)]| {
@@ -346,8 +339,15 @@ pub(super) fn contradictions(given: &Map<String, Value>) -> Vec<FieldError> {
             "conv_alpha scales adapters on convolutions, and there are none without conv_rank; give conv_rank too",
         ));
     }
+    let on = |name: &str| given.get(name) == Some(&Value::Bool(true));
+    if on("use_dora") && on("train_text_encoder") {
+        errors.push(FieldError::new("/use_dora", "contradiction", NO_DORA_IN_TEXT_ENCODER));
+    }
     errors
 }
+
+const NO_DORA_IN_TEXT_ENCODER: &str = "use_dora trains the UNet alone, since transformers does not load magnitudes of a text \
+     encoder; leave out use_dora or train_text_encoder";
 
 /// Every module of a base's UNet that can be adapted.
 ///

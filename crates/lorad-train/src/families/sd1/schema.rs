@@ -160,7 +160,7 @@ static FIELDS: &[Field] = &[
         "false",
         "",
         Advanced,
-        "Train the size of each output's weights apart from their direction (DoRA): often better at low ranks, slower; no kohya file is written, since its readers disagree about DoRA.",
+        "Train the size of each output's weights apart from their direction (DoRA): often better at low ranks, slower; no kohya file is written, since its readers disagree about DoRA; not with train_text_encoder.",
     ),
     field(
         "lora_dropout",
@@ -526,6 +526,12 @@ mod tests {
         use GradientCheckpointing::{Auto, Off, On};
         assert!(!Auto.decide(50, Some(100)) && Auto.decide(95, Some(100)) && !Auto.decide(95, None));
         assert!(On.decide(1, Some(100)) && !Off.decide(1000, Some(100)));
+    }
+
+    #[test]
+    fn magnitudes_and_a_trained_text_encoder_exclude_each_other() {
+        let errors = resolved(&json!({"use_dora": true, "train_text_encoder": true})).unwrap_err();
+        assert_eq!(errors[0].pointer, "/use_dora");
     }
 
     #[test]
