@@ -69,7 +69,7 @@ function options({ lines, width, height, log, sync, compact, onCursor, range }) 
     ],
     series: [
       {},
-      ...lines.map((l) => ({ label: l.label, stroke: color(l.color), width: l.width ?? 2, dash: l.dash, points: { show: (u) => u.data[0].length < 3, size: 6 }, spanGaps: false, fill: l.fill ? color(l.fill) : undefined })),
+      ...lines.map((l) => ({ label: l.label, stroke: color(l.color), width: l.width ?? 2, dash: l.dash, points: { show: (u) => u.data[0].length < 3, size: 6 }, spanGaps: compact, fill: l.fill ? color(l.fill) : undefined })),
     ],
     hooks: {
       ready: [(u) => u.over.addEventListener("dblclick", () => (u.zoomed = false))],
