@@ -22,7 +22,7 @@ use serde_json::{Map, Value};
 use crate::scripted;
 
 /// Longest wait for anything.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A server in this process whose workers run the scripted trainer.
 pub struct TestServer {
