@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt as _;
 
 use lorad::{
     config::Config,
-    domain::{NewApiKey, Quota, Scope},
+    domain::{KeyId, NewApiKey, Quota, Scope},
     secret::Key,
     serve::{ServeError, serve},
 };
@@ -30,6 +30,11 @@ pub async fn key_with(client: &Client, scope: Scope, expires_at_ms: Option<i64>,
     };
     client.store().insert_key(&new).await.unwrap();
     key
+}
+
+/// Its id in the server's database.
+async fn id_of(client: &Client, key: &Key) -> KeyId {
+    client.store().key_by_prefix(key.prefix()).await.unwrap().unwrap().0.id
 }
 
 /// One request; `authorization` is left out when empty.
@@ -132,14 +137,7 @@ async fn what_is_no_valid_key_opens_nothing() {
     let forged = format!("{body}{}", &lorad::secret::sha256_hex(&body)[..8]);
     assert!(Key::parse(&forged).is_some(), "the forgery is well spelt");
     let revoked = key(&client, Scope::Admin, None).await;
-    let id = client
-        .store()
-        .key_by_prefix(revoked.prefix())
-        .await
-        .unwrap()
-        .unwrap()
-        .0
-        .id;
+    let id = id_of(&client, &revoked).await;
     assert_eq!(ask(&client, &Method::GET, "/jobs", &bearer(&revoked)).await.0, 200);
     client.store().revoke_key(id, true).await.unwrap();
     for (what, authorization) in [
@@ -388,14 +386,7 @@ async fn a_browser_signs_in_for_a_cookie_that_reads_streams_downloads_and_ends()
             .status()
     };
     assert_eq!(read().await, 200);
-    let id = client
-        .store()
-        .key_by_prefix(submit.prefix())
-        .await
-        .unwrap()
-        .unwrap()
-        .0
-        .id;
+    let id = id_of(&client, &submit).await;
     client.store().revoke_key(id, false).await.unwrap();
     assert_eq!(read().await, 401);
 }

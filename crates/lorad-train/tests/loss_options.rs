@@ -66,17 +66,21 @@ struct Options {
 
 type Tensors = HashMap<String, Tensor>;
 
+/// Runs a test on a thread of its own: backward recurses over the graph.
+fn with_deep_stack(test: impl FnOnce() + Send + 'static) {
+    let thread = std::thread::Builder::new().stack_size(256 << 20).spawn(test).unwrap();
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
 #[test]
 fn every_loss_option_follows_the_reference_for_fifty_steps() {
     let test = || {
         assert_eq!(check("tiny-sd1"), 9);
         assert_eq!(check("tiny-sd2"), 3);
     };
-    // Backward recurses over the graph.
-    let thread = std::thread::Builder::new().stack_size(256 << 20).spawn(test).unwrap();
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
+    with_deep_stack(test);
 }
 
 /// Every curve of a pipeline; returns their number.

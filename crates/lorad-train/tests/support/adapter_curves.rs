@@ -19,7 +19,7 @@ use lorad_train::{
 };
 use serde::Deserialize;
 
-use crate::{Options, Tensors, batch, compare, step_config, support};
+use crate::{Options, Tensors, batch, compare, step_config, support, with_deep_stack};
 
 /// `adapters.json`.
 #[derive(Debug, Deserialize)]
@@ -52,11 +52,7 @@ fn every_kind_of_adapter_follows_the_reference_for_fifty_steps() {
             }
         }
     };
-    // Backward recurses over the graph.
-    let thread = std::thread::Builder::new().stack_size(256 << 20).spawn(test).unwrap();
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
+    with_deep_stack(test);
 }
 
 fn follow(pipeline: &str, name: &str, file: &File, curve: &Curve, inputs: &Tensors, initial: &Tensors) {

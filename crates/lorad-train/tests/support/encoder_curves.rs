@@ -18,7 +18,7 @@ use lorad_train::{
 };
 use serde::Deserialize;
 
-use crate::{TOLERANCE, Tensors, adapters, compare, step_config, support};
+use crate::{TOLERANCE, Tensors, adapters, compare, step_config, support, with_deep_stack};
 
 /// `encoder.json`: both learning rates, losses and gradient norms.
 #[derive(Debug, Deserialize)]
@@ -50,11 +50,7 @@ fn fifty_steps_with_adapters_in_the_text_encoder_too_follow_transformers_and_pef
             }
         }
     };
-    // Backward recurses over the graph.
-    let thread = std::thread::Builder::new().stack_size(256 << 20).spawn(test).unwrap();
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
+    with_deep_stack(test);
 }
 
 fn follow(pipeline: &str, name: &str, file: &File, curve: &Curve) {
