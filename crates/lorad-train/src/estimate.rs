@@ -20,7 +20,7 @@ use crate::{
 
 /// What a process has resident besides: program, runtime, tokenizer, and what the allocator takes at least and keeps of what the
 /// preparation has freed.
-const PROCESS_BYTES: u64 = 128 << 20;
+const PROCESS_BYTES: u64 = 116 << 20;
 /// Resident memory in units of what passes alive: blocks that the allocator holds for the next step, and gaps. What is
 /// allocated once, as weights are, has none.
 const RETENTION: f64 = 1.25;
@@ -28,8 +28,8 @@ const RETENTION: f64 = 1.25;
 const PANEL: usize = 16;
 /// Flat vectors of all adapter values that are alive at once while the optimizer updates them.
 const UPDATE_VECTORS: u64 = 6;
-/// Time that the calibration may take, in four parts.
-const CALIBRATION: Duration = Duration::from_millis(200);
+/// Time that the calibration may take, in five parts.
+const CALIBRATION: Duration = Duration::from_millis(250);
 
 /// Memory and time of a job.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -98,9 +98,9 @@ impl AdapterCost {
     /// The update's passes over memory.
     pub fn step_work(&self) -> Work {
         Work {
-            flops: 0.0,
             bytes: (30 * 4 * self.parameters) as f64,
             ops: 30.0,
+            ..Work::default()
         }
     }
 }
@@ -113,19 +113,21 @@ pub fn packed_bytes(depth: usize, width: usize, bytes_per_value: u64) -> u64 {
 /// How fast this machine is now.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Machine {
-    /// What a small model really takes, in units of what the three other figures say: products are of other shapes than the one
-    /// that was measured, caches are cold.
+    /// What a small model really takes, in units of what arithmetic and memory say: products are of other shapes than the one
+    /// that was measured.
     pub factor: f64,
     /// Of a matrix product.
     pub flops_per_s: f64,
     /// Of a pass over memory.
     pub bytes_per_s: f64,
-    /// Of the smallest operation.
+    /// Of products of frozen matrices with few rows, the matrices not in a cache.
+    pub weights_per_s: f64,
+    /// What an operation takes besides, however small it is: waking threads, memory, the tape.
     pub op_s: f64,
 }
 
 impl Machine {
-    /// Measured once in this process, in a fifth of a second.
+    /// Measured once in this process, in about a quarter of a second.
     ///
     /// # Errors
     /// If a tensor operation fails.
@@ -144,26 +146,81 @@ impl Machine {
         let layer = FrozenLinear::new(&values((SIDE, SIDE))?, None)?;
         let x = values((SIDE, SIDE))?;
         let product_s = median_s(|| layer.forward(&x, None).map(drop))?;
-        let (small, large) = (values((1, 16))?, values((512, 512))?);
-        let op_s = median_s(|| ops::add(&small, &small).map(drop))?;
+        let large = values((512, 512))?;
         let pass_s = median_s(|| ops::add(&large, &large).map(drop))?;
-        let plain = Self {
+        let cold = ColdLayers::new()?;
+        let cold_s = median_s(|| cold.step())?;
+        let mut machine = Self {
             factor: 1.0,
             flops_per_s: 2.0 * (SIDE * SIDE * SIDE) as f64 / product_s,
             bytes_per_s: 3.0 * 4.0 * large.elem_count() as f64 / pass_s,
-            op_s,
+            weights_per_s: ColdLayers::weights() / cold_s,
+            op_s: 0.0,
         };
-        let model = SmallModel::new()?;
-        let taken_s = median_s(|| model.step())?;
-        Ok(Self {
-            factor: taken_s / plain.seconds(SmallModel::work()),
-            ..plain
-        })
+        // A model of two sizes gives both unknowns: its weights stay in a cache, so they count for nothing here.
+        let mut rows = [(0.0, 0.0, 0.0); 2];
+        for (row, (batch, side)) in rows.iter_mut().zip(SmallModel::SIZES) {
+            let model = SmallModel::new(batch, side)?;
+            let work = Work {
+                weights: 0.0,
+                ..SmallModel::work(batch, side)
+            };
+            *row = (machine.seconds(work), work.ops, median_s(|| model.step())?);
+        }
+        let [(a, m, s), (b, n, t)] = rows;
+        machine.factor = ((t * m - s * n) / (b * m - a * n)).max(0.5);
+        machine.op_s = ((s - machine.factor * a) / m).max(0.0);
+        Ok(machine)
     }
 
     /// Seconds of `work`.
     pub fn seconds(&self, work: Work) -> f64 {
-        self.factor * (work.flops / self.flops_per_s + work.bytes / self.bytes_per_s + work.ops * self.op_s)
+        self.factor * (work.flops / self.flops_per_s + work.bytes / self.bytes_per_s)
+            + work.weights / self.weights_per_s
+            + work.ops * self.op_s
+    }
+}
+
+/// Layers that together do not fit into a cache, with so few rows that little but their weights' way counts.
+struct ColdLayers {
+    layers: Vec<FrozenLinear>,
+    adapter: [Var; 2],
+    x: Tensor,
+}
+
+impl ColdLayers {
+    const WIDTH: usize = 1024;
+    /// 48 MB.
+    const LAYERS: usize = 12;
+    const ROWS: usize = 6;
+
+    fn new() -> candle_core::Result<Self> {
+        let (c, device) = (Self::WIDTH, &Device::Cpu);
+        let weight = Tensor::full(0.01_f32, (c, c), device)?;
+        let layer = |_| FrozenLinear::new(&weight, None);
+        let var = |shape: (usize, usize)| Var::from_tensor(&Tensor::full(0.01_f32, shape, device)?);
+        Ok(Self {
+            layers: (0..Self::LAYERS).map(layer).collect::<candle_core::Result<_>>()?,
+            adapter: [var((1, c))?, var((c, 1))?],
+            x: Tensor::full(0.01_f32, (1, Self::ROWS, c), device)?,
+        })
+    }
+
+    /// Forward through all, and backward.
+    fn step(&self) -> candle_core::Result<()> {
+        let [a, b] = &self.adapter;
+        let y = ops::on_tape(&self.adapter, || {
+            let first = ops::lora_linear(&self.layers[0], &self.x, a, b, 1.0)?;
+            self.layers[1..]
+                .iter()
+                .try_fold(first, |x, layer| layer.forward(&x, None))
+        })?;
+        y.mean_all()?.backward().map(drop)
+    }
+
+    /// What [`Self::step`] walks: all forward, all but the first backward.
+    fn weights() -> f64 {
+        ((2 * Self::LAYERS - 1) * Self::WIDTH * Self::WIDTH) as f64
     }
 }
 
@@ -177,18 +234,18 @@ struct SmallModel {
 }
 
 impl SmallModel {
-    const BATCH: usize = 4;
-    const SIDE: usize = 16;
+    /// Batch and side: one whose operations cost more than their arithmetic, and one of which the contrary holds.
+    const SIZES: [(usize, usize); 2] = [(1, 8), (8, 16)];
     const CHANNELS: usize = 128;
     const LAYERS: usize = 3;
     const RANK: usize = 8;
     const HEADS: usize = 4;
 
-    fn new() -> candle_core::Result<Self> {
+    fn new(batch: usize, side: usize) -> candle_core::Result<Self> {
         let (c, rank) = (Self::CHANNELS, Self::RANK);
         let values = |shape: &[usize]| Tensor::full(0.01_f32, shape, &Device::Cpu);
         Ok(Self {
-            x: values(&[Self::BATCH, Self::SIDE, Self::SIDE, c])?,
+            x: values(&[batch, side, side, c])?,
             norm: (values(&[c])?, values(&[c])?),
             conv: FrozenConv2d::new(&values(&[c, c, 3, 3])?, None, ConvGeometry::new(3, 1, 1))?,
             linear: FrozenLinear::new(&values(&[c, c])?, None)?,
@@ -200,14 +257,15 @@ impl SmallModel {
     }
 
     fn step(&self) -> candle_core::Result<()> {
-        let (c, tokens) = (Self::CHANNELS, Self::SIDE * Self::SIDE);
+        let c = Self::CHANNELS;
+        let (batch, height, width, _) = self.x.dims4()?;
         let [a, b] = &self.adapter;
         let y = ops::on_tape(&self.adapter, || {
             let mut x = self.x.clone();
             for _ in 0..Self::LAYERS {
                 let h = ops::group_norm(&x, &self.norm.0, &self.norm.1, 8, 1e-5, true)?;
                 let h = self.conv.forward(&h, Conv2dPlus::default())?;
-                let t = ops::reshape(&h, (Self::BATCH, tokens, c))?;
+                let t = ops::reshape(&h, (batch, height * width, c))?;
                 let t = ops::lora_linear(&self.linear, &t, a, b, 1.0)?;
                 let t = ops::attention(&t, &t, &t, Self::HEADS, false)?;
                 x = ops::add(&ops::reshape(&t, x.shape())?, &h)?;
@@ -218,10 +276,9 @@ impl SmallModel {
     }
 
     /// What [`Self::step`] does, by the rules of [`crate::shadow`].
-    fn work() -> Work {
+    fn work(batch: usize, side: usize) -> Work {
         let trace = Trace::new(true, 1);
-        let side = (Self::SIDE as u64, Self::SIDE as u64);
-        let mut x = trace.input(Self::BATCH as u64, side, Self::CHANNELS as u64);
+        let mut x = trace.input(batch as u64, (side as u64, side as u64), Self::CHANNELS as u64);
         for _ in 0..Self::LAYERS {
             let h = trace.conv(&trace.norm(&x), Self::CHANNELS as u64, 3, 1, None);
             let t = trace.lora_linear(&h.as_tokens(), Self::CHANNELS as u64, Self::RANK as u64);
@@ -236,7 +293,7 @@ impl SmallModel {
 fn median_s(mut f: impl FnMut() -> candle_core::Result<()>) -> candle_core::Result<f64> {
     f()?;
     let (began, mut times) = (Instant::now(), Vec::new());
-    while times.len() < 5 || (began.elapsed() < CALIBRATION / 4 && times.len() < 1000) {
+    while times.len() < 5 || (began.elapsed() < CALIBRATION / 5 && times.len() < 1000) {
         let start = Instant::now();
         black_box(f()?);
         times.push(start.elapsed().as_secs_f64());
@@ -273,13 +330,15 @@ mod tests {
             factor: 1.0,
             flops_per_s: 10.0,
             bytes_per_s: 5.0,
+            weights_per_s: 3.0,
             op_s: 2.0,
         };
         let work = Work {
             flops: 10.0,
             bytes: 5.0,
+            weights: 3.0,
             ops: 1.0,
         };
-        assert!((machine.seconds(work * 2.0) - 8.0).abs() < 1e-12);
+        assert!((machine.seconds(work * 2.0) - 10.0).abs() < 1e-12);
     }
 }

@@ -26,6 +26,8 @@ pub struct Work {
     pub flops: f64,
     /// Bytes that other passes over memory read and write.
     pub bytes: f64,
+    /// Values of frozen matrices that products walk: they come from memory, however few rows meet them.
+    pub weights: f64,
     /// Operations: each costs something, however small it is.
     pub ops: f64,
 }
@@ -36,6 +38,7 @@ impl Add for Work {
         Self {
             flops: self.flops + other.flops,
             bytes: self.bytes + other.bytes,
+            weights: self.weights + other.weights,
             ops: self.ops + other.ops,
         }
     }
@@ -47,6 +50,7 @@ impl Mul<f64> for Work {
         Self {
             flops: self.flops * n,
             bytes: self.bytes * n,
+            weights: self.weights * n,
             ops: self.ops * n,
         }
     }
@@ -203,8 +207,19 @@ impl<'m> Trace<'m> {
     }
 
     fn spend(&self, flops: f64, bytes: f64) {
-        let work = Work { flops, bytes, ops: 1.0 };
+        self.spend_on(0.0, flops, bytes);
+    }
+
+    /// One op that walks so many values of a frozen matrix.
+    fn spend_on(&self, weights: f64, flops: f64, bytes: f64) -> Work {
+        let work = Work {
+            flops,
+            bytes,
+            weights,
+            ops: 1.0,
+        };
         self.meter.work.set(self.meter.work.get() + work);
+        work
     }
 
     fn next_id(&self) -> u64 {
@@ -341,6 +356,7 @@ impl<'m> Trace<'m> {
             flops: 0.0,
             bytes: 6.0 * bytes,
             ops: 1.0,
+            weights: 0.0,
         };
         self.record(&y, vec![Part::New(x.id, x.bytes())], vec![Rc::clone(&x.block)], 0, work);
         y
@@ -350,19 +366,19 @@ impl<'m> Trace<'m> {
     pub fn linear(&self, x: &Shadow, n: u64, residual: Option<&Shadow>) -> Shadow {
         let tracked = x.tracked || residual.is_some_and(|r| r.tracked);
         let y = self.value(x.batch, x.side, n, tracked);
-        let flops = 2.0 * (x.rows() * x.channels * n) as f64;
-        self.spend(flops, 0.0);
-        self.record_frozen(&y, x, residual, flops, 0.0);
+        let weights = (x.channels * n) as f64;
+        let work = self.spend_on(weights, 2.0 * x.rows() as f64 * weights, 0.0);
+        self.record_frozen(&y, x, residual, work);
         y
     }
 
-    fn record_frozen(&self, y: &Shadow, x: &Shadow, residual: Option<&Shadow>, flops: f64, bytes: f64) {
+    /// The gradient of `x` takes the same `work` once more.
+    fn record_frozen(&self, y: &Shadow, x: &Shadow, residual: Option<&Shadow>, work: Work) {
         let mut parts = Vec::new();
-        let mut work = Work::default();
         if x.tracked {
             parts.push(Part::New(x.id, x.bytes()));
-            work = Work { flops, bytes, ops: 1.0 };
         }
+        let work = if x.tracked { work } else { Work::default() };
         parts.extend(residual.filter(|r| r.tracked).map(|r| Part::Shared(r.id)));
         self.record(y, parts, Vec::new(), 0, work);
     }
@@ -372,7 +388,8 @@ impl<'m> Trace<'m> {
         let (rows, k) = (x.rows(), x.channels);
         let y = self.value(x.batch, x.side, n, true);
         let (frozen, low) = (2.0 * (rows * k * n) as f64, 2.0 * (rows * rank * (k + n)) as f64);
-        self.spend(frozen + low, 0.0);
+        let mut weights = (k * n) as f64;
+        self.spend_on(weights, frozen + low, 0.0);
         let down = self.allocate(VALUE * rows * rank);
         let mut parts = vec![
             Part::New(self.next_id(), VALUE * rank * k),
@@ -382,12 +399,15 @@ impl<'m> Trace<'m> {
         if x.tracked {
             parts.push(Part::New(x.id, x.bytes()));
             flops += frozen;
+        } else {
+            weights = 0.0;
         }
         let temporary = VALUE * (rows * rank + 2 * rank * n + rank * k);
         // u, dA, dB, and dx in two products.
         let work = Work {
             flops,
             bytes: 0.0,
+            weights,
             ops: 5.0,
         };
         self.record(&y, parts, vec![Rc::clone(&x.block), down], temporary, work);
@@ -411,8 +431,9 @@ impl<'m> Trace<'m> {
         } else {
             (direct, 0.0)
         };
-        self.spend(flops, bytes);
-        self.record_frozen(&y, x, residual, flops, bytes);
+        let weights = (x.channels * n * kernel * kernel) as f64;
+        let work = self.spend_on(weights, flops, bytes);
+        self.record_frozen(&y, x, residual, work);
         y
     }
 
@@ -435,6 +456,7 @@ impl<'m> Trace<'m> {
             flops: 5.0 * product,
             bytes: 2.0 * passes * scores,
             ops: 1.0,
+            weights: 0.0,
         };
         self.record(&y, parts, kept, q.bytes() + k.bytes() + v.bytes() + at_once, work);
         y
@@ -449,6 +471,7 @@ impl<'m> Trace<'m> {
             flops: 0.0,
             bytes: 3.0 * bytes,
             ops: 1.0,
+            weights: 0.0,
         };
         self.record(&y, vec![Part::New(x.id, x.bytes())], vec![Rc::clone(&x.block)], 0, work);
         y
@@ -473,6 +496,7 @@ impl<'m> Trace<'m> {
             flops: 0.0,
             bytes,
             ops: 1.0,
+            weights: 0.0,
         };
         self.record(
             &y,
@@ -493,6 +517,7 @@ impl<'m> Trace<'m> {
             flops: 0.0,
             bytes,
             ops: 1.0,
+            weights: 0.0,
         };
         self.record(&y, vec![Part::New(x.id, x.bytes())], Vec::new(), 0, work);
         y

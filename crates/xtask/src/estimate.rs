@@ -71,7 +71,7 @@ fn table(root: &Path, work: &Path, steps: u32) -> Result<()> {
                 .args(settings.iter().flat_map(|setting| ["--set", *setting]))
                 .args(more)
                 // As the server starts its workers.
-                .env("MIMALLOC_PURGE_DELAY", "1000")
+                .env("MIMALLOC_PURGE_DELAY", "60000")
                 .env("LORAD_STORAGE__DATA_DIR", work.join("data"));
             let output = command.output().context("start lorad")?;
             ensure!(

@@ -114,7 +114,7 @@ fn train(command: &mut Command, out: &Path) -> Result<Figures> {
         .arg("--metrics")
         .arg(&metrics)
         // As the server starts its workers.
-        .env("MIMALLOC_PURGE_DELAY", "1000")
+        .env("MIMALLOC_PURGE_DELAY", "60000")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(fs::File::create(&log)?)

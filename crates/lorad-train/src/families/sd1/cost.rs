@@ -330,9 +330,8 @@ pub(super) fn estimate(base: &BaseFolder, unet: &UNetCost<'_>, job: &JobFacts) -
         + validation * (4 * job.validations * job.held_out_used) as f64 * (1.0 / job.batch as f64)
         // Read, converted, packed.
         + Work {
-            flops: 0.0,
             bytes: 4.0 * (text_weights + vae_weights + unet_weights) as f64,
-            ops: 0.0,
+            ..Work::default()
         };
     let of = |recompute: bool| {
         let step = unet.pass(job.batch, side, true, recompute);
