@@ -1,6 +1,6 @@
 //! One integration binary: the real server on port 0 with a data directory of its own, driven from outside.
 //!
-//! [`access`], [`api`], [`audit`], [`hub`], [`limits`], [`quotas`], [`safety`], [`sse`] and [`webhooks`] drive it over HTTP ([`client`]) with archives made in code ([`corpus`]); [`cli`] and
+//! [`access`], [`api`], [`audit`], [`estimates`], [`hub`], [`limits`], [`quotas`], [`safety`], [`sse`] and [`webhooks`] drive it over HTTP ([`client`]) with archives made in code ([`corpus`]); [`cli`] and
 //! [`readme`] run the binary as a user does. [`jobs`], [`recovery`], [`chaos`] and [`upkeep`] test everything around the trainer ([`server`]) with
 //! a scripted one ([`scripted`]): real processes, sockets, signals and files, and steps of milliseconds.
 #![allow(
@@ -20,6 +20,7 @@ mod client;
 mod corpus;
 mod crashes;
 mod disk_full;
+mod estimates;
 mod faults;
 mod fuzz;
 mod hub;
