@@ -355,13 +355,20 @@ pub struct InitFrom {
     pub file: String,
 }
 
-impl Job {
-    /// The adapter that the job starts from, if its request names one.
-    pub fn init_from(&self) -> Option<InitFrom> {
-        let init = self.request.get("init_from")?;
+impl InitFrom {
+    /// The adapter that a job starts from, if its request names one.
+    pub fn of(request: &Value) -> Option<Self> {
+        let init = request.get("init_from")?;
         let file = init.get("file")?.as_str()?.to_owned();
         let job_id = init.get("job_id")?.as_str()?.parse().ok()?;
-        super::artifact::is_plain_file_name(&file).then_some(InitFrom { job_id, file })
+        super::artifact::is_plain_file_name(&file).then_some(Self { job_id, file })
+    }
+}
+
+impl Job {
+    /// The adapter that the job starts from.
+    pub fn init_from(&self) -> Option<InitFrom> {
+        InitFrom::of(&self.request)
     }
 }
 

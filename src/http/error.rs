@@ -60,7 +60,7 @@ codes! {
     MethodNotAllowed = "method.not_allowed", METHOD_NOT_ALLOWED, "The method is not supported here", "The `Allow` header lists the methods.";
     NotAcceptable = "accept.unsupported", NOT_ACCEPTABLE, "None of the accepted types is available", "";
     ActionNotAllowed = "job.action_not_allowed", CONFLICT, "The job's state does not allow this", "`allowed` lists what is possible now.";
-    InUse = "resource.in_use", CONFLICT, "Something else still needs it", "Delete what uses it first.";
+    InUse = "resource.in_use", CONFLICT, "Something else still needs it", "Delete what uses it first; a job must have ended for that.";
     Exists = "resource.exists", CONFLICT, "The id is taken", "Choose another id.";
     Builtin = "resource.builtin", CONFLICT, "It comes with the server", "Built-in models and datasets cannot be deleted.";
     IdempotencyInFlight = "idempotency.in_flight", CONFLICT, "The first request with this key is still at work", "Wait, then send the same request again.";

@@ -16,7 +16,8 @@ use crate::{
     domain::{ArtifactKind, InitFrom, JobId, Model},
 };
 
-/// A result file to start from; its modules, ranks and alphas become the job's.
+/// A result file to start from; its modules, ranks and alphas become the job's. The job that made it cannot be deleted before
+/// this one has ended.
 #[derive(Debug, Clone, Serialize, ToSchema)]
 #[schema(as = InitFrom)]
 pub(super) struct InitFromDto {

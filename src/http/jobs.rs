@@ -573,7 +573,8 @@ pub(super) struct DeleteQuery {
 
 /// Deletes a finished job with its files.
 #[utoipa::path(delete, path = "/jobs/{id}", tag = "jobs", params(("id" = String, Path), DeleteQuery), responses(
-    (status = 204), (status = 404, body = ProblemDto), (status = 409, body = ProblemDto, description = "it is not finished")))]
+    (status = 204), (status = 404, body = ProblemDto), (status = 409, body = ProblemDto,
+        description = "it is not finished, or a job that is not finished starts from one of its files")))]
 pub(super) async fn delete_job(
     State(app): State<App>,
     Path(id): Path<String>,

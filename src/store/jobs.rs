@@ -10,8 +10,8 @@ use super::{
     outbox, query, rows,
 };
 use crate::domain::{
-    Action, CancelMode, Change, Desired, EventKind, Job, JobEvent, JobId, JobPatch, JobStatus, NewJob, WebhookEvent,
-    now_ms,
+    Action, CancelMode, Change, Desired, EventKind, InitFrom, Job, JobEvent, JobId, JobPatch, JobStatus, NewJob,
+    WebhookEvent, now_ms,
 };
 
 /// Which jobs to list.
@@ -46,7 +46,7 @@ impl Store {
     /// nothing. `answer` makes that answer from the stored job.
     ///
     /// # Errors
-    /// If base model or dataset do not exist (any more), or the database fails.
+    /// If base model, dataset or the adapter to start from do not exist (any more), or the database fails.
     pub async fn insert_job(&self, new: &NewJob, idempotency: Option<(&IdempotencyKey, AnswerOf<'_>)>) -> Result<Job> {
         let now = now_ms();
         let mut tx = self.begin().await?;
@@ -82,6 +82,9 @@ impl Store {
                 });
             }
             Err(source) => return Err(query("insert a job")(source)),
+        }
+        if let Some(init) = InitFrom::of(&new.request) {
+            require_file(&mut tx, &init).await?;
         }
         if let Some(owner) = new.owner {
             access::own_job(&mut tx, new.id, owner).await?;
@@ -205,7 +208,8 @@ impl Store {
     /// Deletes a final job with everything that is stored about it. Its files are the caller's.
     ///
     /// # Errors
-    /// [`StoreError::NotAllowed`] unless the job is final and its worker process was seen dead.
+    /// [`StoreError::NotAllowed`] unless the job is final and its worker process was seen dead; [`StoreError::InUse`] with the
+    /// jobs that start from its files and have not ended.
     pub async fn delete_job(&self, id: JobId) -> Result<()> {
         let mut tx = self.begin().await?;
         let job = load(&mut tx, id).await?;
@@ -217,6 +221,14 @@ impl Store {
                 .map_err(query("delete a job"))?;
         if !job.status.is_final() || alive > 0 {
             return Err(not_allowed(&job, Action::Delete));
+        }
+        let dependents = started_from(&mut tx, id).await?;
+        if !dependents.is_empty() {
+            return Err(StoreError::InUse {
+                what: "job",
+                id: id.to_string(),
+                by: format!("{} to start from", dependents.join(", ")),
+            });
         }
         sqlx::query("DELETE FROM jobs WHERE id = ?")
             .bind(id.to_string())
@@ -343,6 +355,33 @@ fn not_allowed(job: &Job, action: Action) -> StoreError {
         status: job.status,
         action,
     }
+}
+
+/// Jobs that start from a file of this one and have not ended, at most ten: every attempt of theirs may still read it.
+async fn started_from(tx: &mut Tx, id: JobId) -> Result<Vec<String>> {
+    sqlx::query_scalar(
+        "SELECT id FROM jobs WHERE finished_at_ms IS NULL AND json_extract(request, '$.init_from.job_id') = ?
+         ORDER BY id LIMIT 10",
+    )
+    .bind(id.to_string())
+    .fetch_all(&mut **tx)
+    .await
+    .map_err(query("look for jobs that start from another"))
+}
+
+/// Between the check of a request and now its source may have been deleted.
+async fn require_file(tx: &mut Tx, InitFrom { job_id, file }: &InitFrom) -> Result<()> {
+    sqlx::query("SELECT 1 FROM artifacts WHERE job_id = ? AND name = ?")
+        .bind(job_id.to_string())
+        .bind(file)
+        .fetch_optional(&mut **tx)
+        .await
+        .map_err(query("look for a file to start from"))?
+        .map(drop)
+        .ok_or_else(|| StoreError::NotFound {
+            what: "adapter to start from",
+            id: format!("{job_id} / {file}"),
+        })
 }
 
 /// The job as the transaction sees it.

@@ -116,7 +116,7 @@ pub enum StoreError {
     /// Something else needs it.
     #[error("{what} {id} is used by {by}")]
     InUse {
-        /// `dataset`, `model`
+        /// `dataset`, `job`, `model`
         what: &'static str,
         /// Its id.
         id: String,

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use lorad::domain::{Action, CancelMode, Desired, EventKind, Job, JobStatus};
 use serde_json::{Value, json};
 
-use crate::server::{TestServer, assert_every_step, signal};
+use crate::server::{TestServer, assert_every_step, scripted_job, signal};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_posted_job_starts_at_once_trains_and_leaves_a_verified_file() {
@@ -223,4 +223,52 @@ async fn a_worker_drained_during_its_export_goes_on_and_counts_as_no_failure() {
     let left = statuses.iter().find(|event| event.data["from"] == "saving").unwrap();
     assert_eq!(left.data["reason"], "drained");
     assert_every_step(server.store(), &job, 12).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_is_not_deleted_while_another_that_has_not_ended_starts_from_its_files() {
+    let server = TestServer::start().await;
+    let source = server.post(json!({"steps": 2, "step_ms": 1})).await;
+    assert_eq!(server.ended(source.id).await.status, JobStatus::Succeeded);
+    server.idle().await;
+    let from_it = json!({"steps": 4, "step_ms": 1, "hold_at": 2,
+        "init_from": {"job_id": source.id, "file": "receipt.json"}});
+    let (running, waiting) = (server.post(from_it.clone()).await, server.post(from_it.clone()).await);
+    server.wait(running.id, "the hold", |job| job.step == 2).await;
+
+    let http = reqwest::Client::new();
+    let delete = async || {
+        let request = http.delete(server.url(&format!("/jobs/{}", source.id)));
+        let answer = request.send().await.unwrap();
+        (answer.status().as_u16(), answer.text().await.unwrap())
+    };
+    let (status, problem) = delete().await;
+    assert_eq!(status, 409, "{problem}");
+    let named = |job: &Job| problem.contains(&job.id.to_string());
+    assert!(
+        problem.contains("resource.in_use") && named(&source) && named(&running) && named(&waiting),
+        "{problem}"
+    );
+
+    let app = server.handle.app();
+    app.cancel_job(running.id, CancelMode::Force).await.unwrap();
+    server.ended(running.id).await;
+    server.wait(waiting.id, "the hold", |job| job.step == 2).await;
+    let (status, problem) = delete().await;
+    assert!(
+        status == 409 && problem.contains(&waiting.id.to_string()) && !problem.contains(&running.id.to_string()),
+        "{problem}"
+    );
+    crate::scripted::let_go(&server.store().attempt(waiting.id, 1).await.unwrap().dir);
+    assert_eq!(server.ended(waiting.id).await.status, JobStatus::Succeeded);
+    assert_eq!(delete().await.0, 204);
+
+    // A request that was checked before the deletion comes too late.
+    let late = scripted_job(server.dataset(), &from_it);
+    let refused = app.create_job(&late, None).await.unwrap_err().to_string();
+    assert!(
+        refused.contains("adapter to start from") && refused.contains(&source.id.to_string()),
+        "{refused}"
+    );
+    assert!(server.store().job(late.id).await.is_err(), "it was stored all the same");
 }
