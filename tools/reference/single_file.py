@@ -4,6 +4,7 @@
     single_file.py                     writes tests/golden/single-file: two tiny checkpoints, and what diffusers reads
     single_file.py --full OUT          writes OUT/diffusers and OUT/single/model.safetensors of Stable Diffusion 1.5's
                                        size, random, float16, with the tokenizer of the demo model (about 4 GB)
+    single_file.py --tiny OUT          the same of the first golden checkpoint's size
 
 The names are written by this file and read back by diffusers' own converter, so that a wrong one is noticed here: what
 comes out must be the state dict that went in.
@@ -196,6 +197,16 @@ def full(out: Path) -> None:
     text = CLIPTextModel(CLIPTextConfig(
         vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
         max_position_embeddings=77, hidden_act="quick_gelu")).half()
+    pair(out, unet, vae, text)
+
+
+@torch.no_grad()
+def tiny(out: Path) -> None:
+    pair(out, *(model.half() for model in models(False)))
+
+
+def pair(out: Path, unet, vae, text) -> None:
+    """The same models as a file and as a folder."""
     single, folder = out / "single", out / "diffusers"
     single.mkdir(parents=True, exist_ok=True)
     save_file(one_file(unet, vae, text, False), single / "model.safetensors")
@@ -210,6 +221,12 @@ def full(out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", type=Path, metavar="OUT")
+    parser.add_argument("--tiny", type=Path, metavar="OUT")
     args = parser.parse_args()
     set_deterministic(0)
-    full(args.full) if args.full else golden(GOLDEN / "single-file")
+    if args.full:
+        full(args.full)
+    elif args.tiny:
+        tiny(args.tiny)
+    else:
+        golden(GOLDEN / "single-file")

@@ -13,10 +13,12 @@ mod docs;
 mod estimate;
 mod exec;
 mod golden;
+mod mirror;
 mod provision;
 mod report;
 mod schemathesis;
 mod sd15;
+mod server;
 mod suite;
 mod tidy;
 mod vendor;
@@ -88,11 +90,15 @@ enum Command {
     },
     /// Take one training step at Stable Diffusion 1.5's size, on random weights, and check the result files.
     ///
-    /// From a diffusers folder and from a checkpoint in one file, with and without the text encoder. Prints time and memory.
+    /// From a diffusers folder, from a checkpoint in one file and from a server's download of the folder, with and without the
+    /// text encoder. Prints time and memory.
     Sd15 {
         /// Side of the training picture, pixels.
-        #[arg(long, default_value_t = 128)]
+        #[arg(long, default_value_t = 128, conflicts_with = "tiny")]
         resolution: u32,
+        /// With models as small as can be: seconds, to try the command itself.
+        #[arg(long)]
+        tiny: bool,
     },
     /// Compare estimates of memory and time with runs of a few small jobs.
     Estimate {
@@ -157,7 +163,14 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Schemathesis { cases, seed } => schemathesis::run(&root, cases, seed).map(|_| ExitCode::SUCCESS),
         Command::Fuzz { seconds, seed } => fuzz(seconds, seed),
-        Command::Sd15 { resolution } => sd15::run(&root, resolution).map(|()| ExitCode::SUCCESS),
+        Command::Sd15 { resolution, tiny } => {
+            let size = if tiny {
+                sd15::Size::tiny()
+            } else {
+                sd15::Size::full(resolution)
+            };
+            sd15::run(&root, &size).map(|()| ExitCode::SUCCESS)
+        }
         Command::Estimate { steps } => estimate::run(&root, steps).map(|()| ExitCode::SUCCESS),
         Command::Tidy => tidy::print(&root),
         Command::Vendor => {

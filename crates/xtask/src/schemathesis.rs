@@ -4,19 +4,16 @@
 use std::{
     fmt::Write as _,
     fs,
-    io::{BufRead as _, BufReader, Read as _, Write as _},
-    net::TcpStream,
-    path::Path,
-    process::{Child, Command, Stdio},
+    path::{Path, PathBuf},
+    process::Command,
     sync::LazyLock,
-    time::Duration,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use regex::Regex;
 use serde_json::{Value, json};
 
-use crate::{exec, provision};
+use crate::{exec, provision, server::Server};
 
 /// Cases of the quick form.
 pub(crate) const QUICK_CASES: u64 = 400;
@@ -25,94 +22,27 @@ const EXAMPLES_PER_ROUND: &str = "3";
 /// Where what a round may use lies: real ids, so that requests get past the lookup. `{id}` in paths.
 const REAL: [(&str, &str); 2] = [("models", "demo-icons"), ("families", "sd1")];
 
-/// A server on a data directory that goes with it.
-struct Server {
-    child: Child,
-    address: String,
-    dir: tempfile::TempDir,
-}
-
-impl Server {
-    fn start(root: &Path) -> Result<Self> {
-        exec::must(&mut exec::cargo([
-            "build",
-            "--release",
-            "--quiet",
-            "--workspace",
-            "--all-targets",
-        ]))?;
-        let dir = tempfile::tempdir().context("make a folder for the server")?;
-        let mut child = Command::new(exec::target_dir(root).join("release/lorad"))
-            .args(["serve", "--bind", "127.0.0.1:0"])
-            .env("LORAD_STORAGE__DATA_DIR", dir.path().join("data"))
-            .env("LORAD_LOG__FILTER", "error")
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("start the server")?;
-        let stdout = child.stdout.take().context("the server's stdout is piped")?;
-        // From here on dropping it ends the process.
-        let mut server = Self {
-            child,
-            address: String::new(),
-            dir,
-        };
-        let mut url = String::new();
-        BufReader::new(stdout).read_line(&mut url)?;
-        let Some(address) = url.trim().strip_prefix("http://") else {
-            bail!("the server did not start: {url:?}");
-        };
-        address.clone_into(&mut server.address);
-        Ok(server)
-    }
-
-    /// A request and its JSON answer.
-    fn ask(&self, method: &str, path: &str, body: Option<&Value>) -> Result<Value> {
-        let body = body.map(Value::to_string).unwrap_or_default();
-        let mut stream = TcpStream::connect(&self.address)?;
-        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
-        write!(
-            stream,
-            "{method} {path} HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-            body.len()
+/// schemathesis' settings: the ids of things that are there.
+fn write_settings(server: &Server, dir: &Path) -> Result<PathBuf> {
+    let mut job = server.ask("GET", "/demo", None)?;
+    job["hyperparameters"]["max_train_steps"] = json!(4);
+    job["hyperparameters"]["batch_size"] = json!(1);
+    job["sampling"] = json!({"prompts": []});
+    let job = server.ask("POST", "/jobs", Some(&job))?;
+    let datasets = server.ask("GET", "/datasets", None)?;
+    let id = |value: &Value| value["id"].as_str().unwrap_or_default().to_owned();
+    let made = [("jobs", id(&job)), ("datasets", id(&datasets["data"][0]))];
+    let known = REAL.map(|(what, id)| (what, id.to_owned()));
+    let mut text = String::new();
+    for (what, id) in made.into_iter().chain(known) {
+        writeln!(
+            text,
+            "[[operations]]\ninclude-path-regex = \"^/{what}/[{{]id[}}]\"\nparameters = {{ \"path.id\" = \"{id}\" }}"
         )?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        let (head, body) = answer.split_once("\r\n\r\n").context("no answer")?;
-        ensure!(head.contains(" 20"), "{method} {path}: {answer}");
-        serde_json::from_str(body).with_context(|| format!("{method} {path}: {body}"))
     }
-
-    /// schemathesis' settings: the ids of things that are there.
-    fn write_settings(&self) -> Result<std::path::PathBuf> {
-        let mut job = self.ask("GET", "/demo", None)?;
-        job["hyperparameters"]["max_train_steps"] = json!(4);
-        job["hyperparameters"]["batch_size"] = json!(1);
-        job["sampling"] = json!({"prompts": []});
-        let job = self.ask("POST", "/jobs", Some(&job))?;
-        let datasets = self.ask("GET", "/datasets", None)?;
-        let id = |value: &Value| value["id"].as_str().unwrap_or_default().to_owned();
-        let made = [("jobs", id(&job)), ("datasets", id(&datasets["data"][0]))];
-        let known = REAL.map(|(what, id)| (what, id.to_owned()));
-        let mut text = String::new();
-        for (what, id) in made.into_iter().chain(known) {
-            writeln!(
-                text,
-                "[[operations]]\ninclude-path-regex = \"^/{what}/[{{]id[}}]\"\nparameters = {{ \"path.id\" = \"{id}\" }}"
-            )?;
-        }
-        let file = self.dir.path().join("schemathesis.toml");
-        fs::write(&file, text)?;
-        Ok(file)
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // It may have ended by itself; either way it is waited for.
-        drop(self.child.kill());
-        drop(self.child.wait());
-    }
+    let file = dir.join("schemathesis.toml");
+    fs::write(&file, text)?;
+    Ok(file)
 }
 
 /// Runs rounds, each with another seed, until `cases` requests were made. Every other round uses the ids of things that are
@@ -122,8 +52,9 @@ impl Drop for Server {
 /// If a request was answered with 5xx or not at all, with the seed that makes it again.
 pub(crate) fn run(root: &Path, cases: u64, first_seed: u64) -> Result<u64> {
     let program = provision::schemathesis(root)?;
-    let mut server = Server::start(root)?;
-    let settings = server.write_settings()?;
+    let dir = tempfile::tempdir().context("make a folder for the server")?;
+    let mut server = Server::start(root, &dir.path().join("data"), &[])?;
+    let settings = write_settings(&server, dir.path())?;
     let (mut done, mut seed) = (0, first_seed);
     while done < cases {
         let mut command = Command::new(&program);
@@ -144,11 +75,11 @@ pub(crate) fn run(root: &Path, cases: u64, first_seed: u64) -> Result<u64> {
             .args(["--exclude-path", "/jobs/{id}/events"])
             .args(["--max-examples", EXAMPLES_PER_ROUND, "--seed", &seed.to_string()])
             .arg(format!("http://{}/openapi.json", server.address))
-            .current_dir(server.dir.path());
+            .current_dir(dir.path());
         let streamed = exec::stream(&mut command)?;
         let n = generated(&streamed.stdout);
         ensure!(
-            streamed.ok && n > 0 && server.child.try_wait()?.is_none(),
+            streamed.ok && n > 0 && server.is_up()?,
             "schemathesis found a fault; again with `cargo xtask schemathesis --seed {seed}`"
         );
         done += n;

@@ -1,7 +1,7 @@
-//! `cargo xtask sd15`: one training step at Stable Diffusion 1.5's size, from a diffusers folder and from a checkpoint in one
-//! file, of the UNet alone and of the text encoder too. Weights are random, so only that it runs, that both bases give the
-//! same adapter, that the result files hold it, and what it takes can be seen. Not part of `test`: it takes minutes and
-//! gigabytes.
+//! `cargo xtask sd15`: one training step at Stable Diffusion 1.5's size, from a diffusers folder, from a checkpoint in one file,
+//! and from the folder as a server downloads it from a hub at a pinned commit; of the UNet alone and of the text encoder too.
+//! Weights are random, so only that it runs, that all bases give the same adapter, that the result files hold it, and what it
+//! takes can be seen. Not part of `test`, but for its tiny form: it takes minutes and gigabytes.
 
 use std::{
     fs,
@@ -11,13 +11,49 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::{exec, provision};
+use crate::{exec, mirror::Mirror, provision, server::Server};
 
-/// Modules of the preset `attention` in a UNet of that size, and adapted modules of its text encoder.
-const UNET_MODULES: u64 = 128;
-const TEXT_ENCODER_MODULES: u64 = 48;
+/// How large the models are.
+pub(crate) struct Size {
+    /// What `tools/reference/single_file.py` calls it.
+    flag: &'static str,
+    /// Side of the training picture, pixels.
+    resolution: u32,
+    /// Modules of the preset `attention` in the UNet.
+    unet_modules: u64,
+    /// Adapted modules of the text encoder.
+    text_encoder_modules: u64,
+}
+
+impl Size {
+    /// As Stable Diffusion 1.5.
+    pub(crate) fn full(resolution: u32) -> Self {
+        Self {
+            flag: "--full",
+            resolution,
+            unet_modules: 128,
+            text_encoder_modules: 48,
+        }
+    }
+
+    /// As small as its layout allows, to try the command itself.
+    pub(crate) fn tiny() -> Self {
+        Self {
+            flag: "--tiny",
+            resolution: 64,
+            unet_modules: 56,
+            text_encoder_modules: 8,
+        }
+    }
+}
+
+/// The repository of the hub, and what the server calls the model.
+const REPOSITORY: &str = "someone/sd15";
+const MODEL: &str = "sd15";
+/// Longest wait for the download.
+const PATIENCE: Duration = Duration::from_secs(1800);
 
 /// A folder that goes when the run ends, whatever the end is.
 struct Scratch(PathBuf);
@@ -46,11 +82,11 @@ struct Figures {
     loss: f64,
 }
 
-/// Makes both bases, runs all, checks the result files and prints a table.
+/// Makes the bases, runs all, checks the result files and prints a table.
 ///
 /// # Errors
-/// If a part cannot be run, a result file lacks a module, or the two bases give different adapters.
-pub(crate) fn run(root: &Path, resolution: u32) -> Result<()> {
+/// If a part cannot be run, a downloaded file or a result file is not what it should be, or the bases give different adapters.
+pub(crate) fn run(root: &Path, size: &Size) -> Result<()> {
     let cargo = ["build", "--release", "--quiet", "--workspace", "--all-targets"];
     exec::must(&mut exec::cargo(cargo))?;
     let lorad = exec::target_dir(root).join("release/lorad");
@@ -58,29 +94,36 @@ pub(crate) fn run(root: &Path, resolution: u32) -> Result<()> {
     let scratch = Scratch::new()?;
     let bases = scratch.0.join("bases");
     let script = root.join("tools/reference/single_file.py");
-    exec::must(Command::new(python).arg(script).arg("--full").arg(&bases))?;
+    exec::must(Command::new(python).arg(script).arg(size.flag).arg(&bases))?;
     let data = scratch.0.join("data");
     fs::create_dir(&data)?;
     fs::copy(root.join("docs/img/job.png"), data.join("picture.png"))?;
     fs::write(data.join("picture.txt"), "a page with a curve")?;
+    let downloaded = download(root, &bases.join("diffusers"), &scratch.0.join("server"))?;
 
     println!("| trained | base | whole run s | step s | peak GB | loss |");
     println!("|---|---|---|---|---|---|");
     for (trained, text_encoder) in [("UNet", false), ("UNet, text encoder", true)] {
         let mut adapters = Vec::new();
-        for (kind, base) in [("folder", "diffusers"), ("one file", "single/model.safetensors")] {
+        for (kind, base) in [
+            ("folder", bases.join("diffusers")),
+            ("one file", bases.join("single/model.safetensors")),
+            ("hub", downloaded.clone()),
+        ] {
             let out = scratch.0.join("out");
             let mut command = Command::new(&lorad);
             command
+                // Where the checkpoint in one file is taken in.
+                .env("LORAD_STORAGE__DATA_DIR", scratch.0.join("data-dir"))
                 .arg("train")
                 .arg("--base")
-                .arg(bases.join(base))
+                .arg(base)
                 .arg("--data")
                 .arg(&data)
                 .arg("--out")
                 .arg(&out)
                 .args(["--set", "max_train_steps=1"])
-                .args(["--set", &format!("resolution={resolution}")])
+                .args(["--set", &format!("resolution={}", size.resolution)])
                 .args(["--set", &format!("train_text_encoder={text_encoder}")]);
             if kind == "folder" {
                 command.arg("--merged-pipeline");
@@ -93,16 +136,56 @@ pub(crate) fn run(root: &Path, resolution: u32) -> Result<()> {
                 figures.peak_bytes / 1e9,
                 figures.loss
             );
-            check_receipt(&out, UNET_MODULES + if text_encoder { TEXT_ENCODER_MODULES } else { 0 })?;
-            adapters.push(fs::read(out.join("pytorch_lora_weights.safetensors"))?);
+            let of_text_encoder = if text_encoder { size.text_encoder_modules } else { 0 };
+            check_receipt(&out, size.unet_modules + of_text_encoder)?;
+            adapters.push((kind, fs::read(out.join("pytorch_lora_weights.safetensors"))?));
             fs::remove_dir_all(&out)?;
         }
-        ensure!(
-            adapters[0] == adapters[1],
-            "{trained}: the two bases give different adapters"
-        );
+        for (kind, adapter) in &adapters[1..] {
+            ensure!(
+                *adapter == adapters[0].1,
+                "{trained}: the base as {kind} gives another adapter than as {}",
+                adapters[0].0
+            );
+        }
     }
     Ok(())
+}
+
+/// Lets a server on the data directory `data` download `folder` from a hub; where the model lies then.
+fn download(root: &Path, folder: &Path, data: &Path) -> Result<PathBuf> {
+    let mirror = Mirror::serve(folder, REPOSITORY)?;
+    let settings = [
+        ("LORAD_MODELS__HUB_ENDPOINT", mirror.url.as_str()),
+        ("HF_TOKEN", ""),
+        ("NO_PROXY", "127.0.0.1"),
+    ];
+    let server = Server::start(root, data, &settings)?;
+    let begun = Instant::now();
+    let pinned = mirror.pinned();
+    server.ask("POST", "/models", Some(&json!({"hub_id": pinned, "id": MODEL})))?;
+    let model = loop {
+        let model = server.ask("GET", &format!("/models/{MODEL}"), None)?;
+        if model["status"] != "downloading" {
+            break model;
+        }
+        ensure!(begun.elapsed() < PATIENCE, "the download does not end: {model}");
+        std::thread::sleep(Duration::from_millis(200));
+    };
+    let took = begun.elapsed();
+    ensure!(model["status"] == "ready", "the download failed: {model}");
+    ensure!(
+        model["source"] == format!("hub:{pinned}"),
+        "another commit than the pinned one: {model}"
+    );
+    ensure!(mirror.resumed() == 1, "a file that was cut off was not gone on with");
+    let downloaded = data.join("models").join(MODEL);
+    mirror.check(&downloaded)?;
+    println!(
+        "downloaded {pinned} in {:.0} s, checked there and here",
+        took.as_secs_f64()
+    );
+    Ok(downloaded)
 }
 
 /// Runs `lorad train` to its end and watches its memory.

@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use crate::{
     docs, exec, provision,
     report::{self, Tally},
-    schemathesis, tidy, vendor,
+    schemathesis, sd15, tidy, vendor,
 };
 
 /// The parts of `cargo xtask test`, in the order in which they run.
@@ -26,6 +26,8 @@ pub(crate) enum PartName {
     Docs,
     /// The HTTP API against its own description.
     Api,
+    /// A folder, a file and a hub's download of one tiny model give one adapter.
+    Bases,
     /// The dashboard in a real browser.
     Browser,
     /// Only the trainer's interoperability tests with real Python tools (part of `rust`).
@@ -43,6 +45,7 @@ impl PartName {
             Self::Rust => "unit, integration and interoperability tests",
             Self::Docs => "generated pages",
             Self::Api => "API against its description",
+            Self::Bases => "base models of every kind",
             Self::Browser => "browser tests",
             Self::Interop => "interoperability with Python tools",
             Self::Cuda => "CUDA type check",
@@ -73,6 +76,10 @@ impl PartName {
             Self::Api => Ok(match schemathesis::run(root, schemathesis::QUICK_CASES, 1) {
                 Ok(_) => Tally::check("schemathesis", true),
                 Err(error) => Tally::check(&format!("schemathesis: {error:#}"), false),
+            }),
+            Self::Bases => Ok(match sd15::run(root, &sd15::Size::tiny()) {
+                Ok(()) => Tally::check("sd15 --tiny", true),
+                Err(error) => Tally::check(&format!("sd15 --tiny: {error:#}"), false),
             }),
             Self::Browser => browser(root),
             Self::Interop => rust(root, &["--workspace", "--test", "interop"]),
