@@ -18,6 +18,8 @@ const VALUE: u64 = 4;
 const QUERY_ROWS: u64 = 256;
 /// Bytes of each of three buffers that a Winograd convolution holds at once; see `ops/winograd.rs`.
 const WINOGRAD_BYTES: u64 = 12 << 20;
+/// Columns of a panel of packed weights; see `ops/packed.rs`.
+const PANEL: u64 = 16;
 
 /// What has to be done, whatever the machine.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -136,6 +138,31 @@ enum Part {
     New(u64, u64),
     /// The result's own gradient.
     Shared(u64),
+}
+
+/// A frozen layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layer {
+    /// Also a 1x1 convolution.
+    Linear,
+    /// A convolution with a border that keeps the size (halved by `stride` 2).
+    Conv2d {
+        /// Side length.
+        kernel: u64,
+        /// Step.
+        stride: u64,
+    },
+}
+
+/// What stands beside a frozen layer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Beside {
+    /// Of the adapter; 0: there is none.
+    pub rank: u64,
+    /// Whether it has magnitudes.
+    pub dora: bool,
+    /// Whether values of its input are dropped.
+    pub dropout: bool,
 }
 
 /// What a segment runs, for the backward of one that is computed again.
@@ -414,6 +441,145 @@ impl<'m> Trace<'m> {
         y
     }
 
+    /// A layer of `nn::adapted` to `n` channels, with or without something added.
+    pub fn adapted(&self, layer: Layer, x: &Shadow, n: u64, beside: Beside, residual: Option<&Shadow>) -> Shadow {
+        let Beside { rank, dora, dropout } = beside;
+        if rank == 0 {
+            return self.frozen(layer, x, n, residual);
+        }
+        let onto = |y: Shadow| residual.map_or(y.clone(), |r| self.add(&y, r));
+        // What is kept of the input, and what is missing from it.
+        let dropped = dropout.then(|| self.drop_from(x));
+        match (dora, &dropped) {
+            (false, None) => self.with_low_rank(layer, x, n, rank, residual),
+            (false, Some([kept, _])) => {
+                let delta = self.low_rank(layer, kept, n, rank, residual);
+                self.frozen(layer, x, n, Some(&delta))
+            }
+            (true, None) => {
+                let z = self.with_low_rank(layer, x, n, rank, None);
+                self.norm_of_weights(layer, x.channels, n, rank);
+                onto(self.rescale(&z))
+            }
+            (true, Some([kept, rest])) => {
+                let z = self.with_low_rank(layer, kept, n, rank, None);
+                self.norm_of_weights(layer, x.channels, n, rank);
+                let scaled = onto(self.rescale(&z));
+                self.frozen(layer, rest, n, Some(&scaled))
+            }
+        }
+    }
+
+    fn frozen(&self, layer: Layer, x: &Shadow, n: u64, residual: Option<&Shadow>) -> Shadow {
+        match layer {
+            Layer::Linear => self.linear(x, n, residual),
+            Layer::Conv2d { kernel, stride } => self.conv(x, n, kernel, stride, residual),
+        }
+    }
+
+    fn with_low_rank(&self, layer: Layer, x: &Shadow, n: u64, rank: u64, residual: Option<&Shadow>) -> Shadow {
+        if layer == Layer::Linear && residual.is_none() {
+            return self.lora_linear(x, n, rank);
+        }
+        let delta = self.low_rank(layer, x, n, rank, residual);
+        self.frozen(layer, x, n, Some(&delta))
+    }
+
+    /// The low-rank path alone (`ops::low_rank_conv2d`), plus `residual`: `x`, `A ∗ x` and A as it was packed are kept.
+    fn low_rank(&self, layer: Layer, x: &Shadow, n: u64, rank: u64, residual: Option<&Shadow>) -> Shadow {
+        let (kernel, stride) = match layer {
+            Layer::Linear => (1, 1),
+            Layer::Conv2d { kernel, stride } => (kernel, stride),
+        };
+        let (k, taps) = (x.channels, kernel * kernel);
+        let packed = self.allocate(VALUE * k * taps * rank.next_multiple_of(PANEL));
+        let h = self.conv(x, rank, kernel, stride, None);
+        let y = self.value(x.batch, h.side, n, true);
+        let scaled = self.allocate(h.bytes());
+        let (rows, low) = (h.rows(), 2.0 * (h.rows() * rank) as f64);
+        self.spend(low * n as f64, 0.0);
+        let (of_a, of_b) = (VALUE * rank * k * taps, VALUE * rank * n);
+        let mut parts = vec![Part::New(self.next_id(), of_a), Part::New(self.next_id(), of_b)];
+        let mut temporary = 2 * of_b + VALUE * rank * k;
+        if x.tracked {
+            parts.push(Part::New(h.id, h.bytes()));
+        } else {
+            temporary += h.bytes();
+        }
+        // What leaves through each tap is gathered first.
+        let gathered = if taps > 1 { VALUE * rows * k } else { 0 };
+        let work = Work {
+            flops: low * (2 * n + k * taps) as f64,
+            bytes: (2 * taps * gathered) as f64,
+            ops: (2 + taps) as f64,
+        };
+        let kept = vec![Rc::clone(&x.block), scaled, packed];
+        self.record(&y, parts, kept, temporary + gathered, work);
+        residual.map_or(y.clone(), |r| self.add(&y, r))
+    }
+
+    /// `ops::rescale`: `z` is kept.
+    fn rescale(&self, z: &Shadow) -> Shadow {
+        let y = self.value(z.batch, z.side, z.channels, z.tracked);
+        let bytes = z.bytes() as f64;
+        self.spend(0.0, 2.0 * bytes);
+        let parts = vec![
+            Part::New(z.id, z.bytes()),
+            Part::New(self.next_id(), VALUE * z.channels),
+        ];
+        let work = Work {
+            flops: 0.0,
+            bytes: 4.0 * bytes,
+            ops: 1.0,
+        };
+        self.record(&y, parts, vec![Rc::clone(&z.block)], z.bytes() / 64, work);
+        y
+    }
+
+    /// The norms of `W + ΔW`, from products of the factors: one of A with the frozen layer, whose window over A's kernels has
+    /// some places more than the one that is read.
+    fn norm_of_weights(&self, layer: Layer, k: u64, n: u64, rank: u64) {
+        let (taps, side, places) = match layer {
+            Layer::Linear => (1, 1, 1),
+            Layer::Conv2d { kernel, stride } => {
+                let padding = kernel / 2;
+                let side = kernel + padding.div_ceil(stride) * stride - padding;
+                let places = (side + 2 * padding - kernel) / stride + 1;
+                (kernel * kernel, side, places * places)
+            }
+        };
+        drop(self.allocate(VALUE * rank * (side * side * k + places * n)));
+        let flops = 2 * rank * (places * taps * k * n + rank * (taps * k + n));
+        self.meter.work.set(
+            self.meter.work.get()
+                + Work {
+                    flops: flops as f64,
+                    bytes: 0.0,
+                    // Of candle, on small tensors.
+                    ops: 15.0,
+                },
+        );
+    }
+
+    /// An input in two parts (`nn::dropout`): the mask, of a byte per value, is kept where the input is tracked.
+    fn drop_from(&self, x: &Shadow) -> [Shadow; 2] {
+        let mask = self.allocate(x.rows() * x.channels);
+        // Its random numbers.
+        self.spend(0.0, x.bytes() as f64);
+        [(); 2].map(|()| {
+            let y = self.value(x.batch, x.side, x.channels, x.tracked);
+            let bytes = 2.25 * x.bytes() as f64;
+            self.spend(0.0, bytes);
+            let work = Work {
+                flops: 0.0,
+                bytes,
+                ops: 1.0,
+            };
+            self.record(&y, vec![Part::New(x.id, x.bytes())], vec![Rc::clone(&mask)], 0, work);
+            y
+        })
+    }
+
     /// A frozen convolution to `n` channels with a border that keeps the size (halved by `stride` 2).
     pub fn conv(&self, x: &Shadow, n: u64, kernel: u64, stride: u64, residual: Option<&Shadow>) -> Shadow {
         let side = (x.side.0.div_ceil(stride), x.side.1.div_ceil(stride));
@@ -563,6 +729,39 @@ mod tests {
         let (kept, again) = (run(false), run(true));
         assert!(again.peak_bytes < kept.peak_bytes, "{kept:?} {again:?}");
         assert!(again.work.flops > kept.work.flops, "{kept:?} {again:?}");
+    }
+
+    #[test]
+    fn magnitudes_and_dropout_cost_more_and_a_convolutions_adapter_keeps_what_it_reads() {
+        let run = |layer: Layer, beside: Beside| {
+            let trace = Trace::new(true, 1);
+            let x = trace.input(2, (8, 8), 16);
+            let mut x = trace.lora_linear(&x, 16, 2);
+            for _ in 0..4 {
+                x = trace.adapted(layer, &x, 16, beside, Some(&x));
+            }
+            trace.finish(x)
+        };
+        let plain = |rank| Beside {
+            rank,
+            ..Beside::default()
+        };
+        for layer in [Layer::Linear, Layer::Conv2d { kernel: 3, stride: 1 }] {
+            let (frozen, low_rank) = (run(layer, plain(0)), run(layer, plain(2)));
+            // Four inputs of 2 x 8 x 8 x 16 values.
+            assert!(
+                low_rank.peak_bytes >= frozen.peak_bytes + 4 * VALUE * 2 * 64 * 16,
+                "{layer:?}"
+            );
+            for (dora, dropout) in [(true, false), (false, true), (true, true)] {
+                let more = run(layer, Beside { rank: 2, dora, dropout });
+                assert!(
+                    more.peak_bytes > low_rank.peak_bytes && more.work.bytes > low_rank.work.bytes,
+                    "{layer:?}, dora {dora}, dropout {dropout}: {low_rank:?} {more:?}"
+                );
+                assert!(!dora || more.work.flops > low_rank.work.flops, "{layer:?}");
+            }
+        }
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! What a training step takes, counted by an allocator, beside what the estimate says. A binary with one test: an allocator
-//! is the process's.
+//! What a training step takes, counted by an allocator, beside what the estimate says; and what an export takes. In a binary
+//! of their own and one after the other: an allocator is the process's.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
@@ -8,8 +8,11 @@ mod support;
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
-    collections::BTreeSet,
-    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
 };
 
 use candle_core::{Device, Tensor, Var};
@@ -20,6 +23,7 @@ use lorad_train::{
         weights::BaseFolder,
     },
     lora::{Adapter, AdapterSet},
+    nn::dropout::{Dropout, with_dropout},
 };
 
 struct Counting;
@@ -51,6 +55,20 @@ static ALLOCATOR: Counting = Counting;
 
 const RANK: usize = 8;
 
+/// Held while a test counts.
+fn alone() -> MutexGuard<'static, ()> {
+    static COUNTING: Mutex<()> = Mutex::new(());
+    COUNTING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn normal(shape: &[usize], deviation: f32) -> Tensor {
+    Tensor::randn(0_f32, deviation, shape, &Device::Cpu).unwrap()
+}
+
+fn var(shape: &[usize]) -> Var {
+    Var::from_tensor(&normal(shape, 0.02)).unwrap()
+}
+
 /// Bytes at the peak of a forward and backward pass above the `loaded` ones: buffers that an op keeps for the next are counted,
 /// whoever made them.
 fn counted(
@@ -59,10 +77,9 @@ fn counted(
     loaded: usize,
     (batch, side, tokens): (usize, usize, usize),
 ) -> usize {
-    let normal = |shape: &[usize]| Tensor::randn(0_f32, 1.0, shape, &Device::Cpu).unwrap();
     PEAK.store(loaded, Relaxed);
-    let sample = normal(&[batch, base.unet.in_channels, side, side]);
-    let text = normal(&[batch, tokens, base.unet.cross_attention_dim]);
+    let sample = normal(&[batch, base.unet.in_channels, side, side], 1.0);
+    let text = normal(&[batch, tokens, base.unet.cross_attention_dim], 1.0);
     let timesteps = Tensor::full(500_u32, batch, &Device::Cpu).unwrap();
     let loss = unet
         .forward(&sample, &timesteps, &text)
@@ -75,40 +92,86 @@ fn counted(
     PEAK.load(Relaxed) - loaded
 }
 
-#[test]
-fn the_estimate_of_a_step_is_what_an_allocator_counts() {
-    let base = BaseFolder::open(&support::base_folder("demo")).unwrap();
-    let mut adapters = AdapterSet::default();
-    let mut adapted = BTreeSet::new();
-    for module in adaptable_modules(&base.unet).unwrap() {
-        if module.path.contains(".attn") {
-            let normal = |shape: Vec<usize>| {
-                Var::from_tensor(&Tensor::randn(0_f32, 0.02, shape, &Device::Cpu).unwrap()).unwrap()
-            };
-            let (a, b) = (module.kind.lora_a_shape(RANK), module.kind.lora_b_shape(RANK));
-            let adapter = Adapter::new(normal(a), normal(b), 8.0);
-            adapters.modules.insert(format!("unet.{}", module.path), adapter);
-            adapted.insert(module.path);
+/// An adapted UNet and what is known of it before it is built.
+struct Case {
+    name: &'static str,
+    adapts: fn(&str) -> bool,
+    dora: bool,
+    dropout: bool,
+}
+
+impl Case {
+    fn adapters(&self, base: &BaseFolder) -> (AdapterSet, BTreeMap<String, u64>) {
+        let (mut adapters, mut ranks) = (AdapterSet::default(), BTreeMap::new());
+        for module in adaptable_modules(&base.unet).unwrap() {
+            if (self.adapts)(&module.path) {
+                let (a, b) = (module.kind.lora_a_shape(RANK), module.kind.lora_b_shape(RANK));
+                let mut adapter = Adapter::new(var(&a), var(&b), 8.0);
+                adapter.magnitude = self.dora.then(|| var(&module.kind.magnitude_shape()));
+                adapters.modules.insert(format!("unet.{}", module.path), adapter);
+                ranks.insert(module.path, RANK as u64);
+            }
+        }
+        (adapters, ranks)
+    }
+
+    /// `bare`: what was held before the first op.
+    fn compare(&self, base: &BaseFolder, bare: usize) {
+        let before = LIVE.load(Relaxed);
+        let (adapters, adapted) = self.adapters(base);
+        let unet = UNet2DConditionModel::load(base, &Device::Cpu, &adapters).unwrap();
+        let (tokens, loaded) = (32, bare + LIVE.load(Relaxed) - before);
+        let cost = UNetCost {
+            config: &base.unet,
+            adapted: &adapted,
+            dora: self.dora,
+            dropout: self.dropout,
+            tokens: tokens as u64,
+            threads: std::thread::available_parallelism().map_or(1, Into::into),
+        };
+        for (batch, side, checkpointing) in [(8, 8, false), (4, 16, false), (4, 16, true), (16, 8, true)] {
+            unet.set_gradient_checkpointing(checkpointing);
+            let dropout = self.dropout.then(|| {
+                Arc::new(Dropout {
+                    probability: 0.1,
+                    seed: 1,
+                    sample_counters: (0..batch as u64).collect(),
+                })
+            });
+            let found = with_dropout(dropout, || counted(&unet, base, loaded, (batch, side, tokens))) as f64;
+            let estimated = cost.pass(batch as u64, side as u64, true, checkpointing).peak_bytes as f64;
+            let what = format!(
+                "{}, batch {batch}, {side}x{side}, checkpointing {checkpointing}: {found} bytes counted, {estimated} estimated",
+                self.name
+            );
+            println!("{what}: {:.2}", estimated / found);
+            assert!((0.7..1.4).contains(&(estimated / found)), "{what}");
         }
     }
-    let unet = UNet2DConditionModel::load(&base, &Device::Cpu, &adapters).unwrap();
-    let (tokens, loaded) = (32, LIVE.load(Relaxed));
-    let cost = UNetCost {
-        config: &base.unet,
-        adapted: &adapted,
-        rank: RANK as u64,
-        conv_rank: 0,
-        tokens: tokens as u64,
-        threads: std::thread::available_parallelism().map_or(1, Into::into),
-    };
-    for (batch, side, checkpointing) in [(8, 8, false), (4, 16, false), (4, 16, true), (16, 8, true)] {
-        unet.set_gradient_checkpointing(checkpointing);
-        let found = counted(&unet, &base, loaded, (batch, side, tokens)) as f64;
-        let estimated = cost.pass(batch as u64, side as u64, true, checkpointing).peak_bytes as f64;
-        println!("batch {batch}, {side}x{side}, checkpointing {checkpointing}: {found} counted, {estimated} estimated");
-        assert!(
-            (0.7..1.4).contains(&(estimated / found)),
-            "batch {batch}, {side}x{side}, checkpointing {checkpointing}: {found} bytes counted, {estimated} estimated"
-        );
+}
+
+#[test]
+fn the_estimate_of_a_step_is_what_an_allocator_counts() {
+    let _alone = alone();
+    let base = BaseFolder::open(&support::base_folder("demo")).unwrap();
+    let attention: fn(&str) -> bool = |path| path.contains(".attn");
+    let bare = LIVE.load(Relaxed);
+    let (dora, dropout) = (true, true);
+    for (name, adapts, dora, dropout) in [
+        ("attention", attention, false, false),
+        ("attention, magnitudes", attention, dora, false),
+        ("attention, dropout", attention, false, dropout),
+        ("all modules", |_| true, false, false),
+        ("all modules, magnitudes", |_| true, dora, false),
+        ("all modules, dropout", |_| true, false, dropout),
+        ("all modules, magnitudes, dropout", |_| true, dora, dropout),
+    ] {
+        Case {
+            name,
+            adapts,
+            dora,
+            dropout,
+        }
+        .compare(&base, bare);
     }
 }

@@ -93,15 +93,15 @@ fn kernel_grad(
 ) -> Result<Tensor> {
     let (channels, kernel, r) = (of.3, geometry.kernel, to.2);
     let taps = kernel * kernel;
+    if geometry == ConvGeometry::new(1, 1, 0) {
+        let gradient = product_over_rows(u, r, x, channels);
+        return Tensor::from_vec(gradient, (r, channels, 1, 1), &candle_core::Device::Cpu);
+    }
     let mut gradient = vec![0.0; r * channels * taps];
     let mut read = vec![0.0; u.len() / r.max(1) * channels];
     for tap in 0..taps {
-        let part = if geometry == ConvGeometry::new(1, 1, 0) {
-            product_over_rows(u, r, x, channels)
-        } else {
-            gather(&mut read, x, of, (to.0, to.1), geometry, (tap / kernel, tap % kernel));
-            product_over_rows(u, r, &read, channels)
-        };
+        gather(&mut read, x, of, (to.0, to.1), geometry, (tap / kernel, tap % kernel));
+        let part = product_over_rows(u, r, &read, channels);
         for (i, value) in part.into_iter().enumerate() {
             gradient[i * taps + tap] = value;
         }

@@ -1,7 +1,7 @@
 //! What a job of this family costs: UNet, VAE and text encoder walked with [`Shadow`]s. Each function stands for the
 //! `forward` of the same name in this folder, value by value; a change there is a change here.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use super::{
     config::{BlockKind, ClipConfig, UNetConfig, VaeConfig},
@@ -11,7 +11,7 @@ use super::{
 use crate::{
     Result,
     estimate::{AdapterCost, Estimate, Phase, Workload, packed_bytes},
-    shadow::{Cost, Shadow, Trace, Work},
+    shadow::{Beside, Cost, Layer, Shadow, Trace, Work},
 };
 
 /// The UNet with adapters on some of its modules.
@@ -19,12 +19,12 @@ use crate::{
 pub struct UNetCost<'a> {
     /// Its shapes.
     pub config: &'a UNetConfig,
-    /// Paths of the modules with an adapter.
-    pub adapted: &'a BTreeSet<String>,
-    /// Of the adapters on linear layers.
-    pub rank: u64,
-    /// Of the adapters on convolutions; 0: they have none.
-    pub conv_rank: u64,
+    /// Ranks of the adapters by the paths of their modules.
+    pub adapted: &'a BTreeMap<String, u64>,
+    /// Whether they have magnitudes.
+    pub dora: bool,
+    /// Whether training drops values of their inputs.
+    pub dropout: bool,
     /// Tokens of a caption.
     pub tokens: u64,
     /// Of the kernels.
@@ -35,14 +35,30 @@ pub struct UNetCost<'a> {
 #[derive(Clone, Copy)]
 struct Pass<'a> {
     model: &'a UNetCost<'a>,
+    training: bool,
     recompute: bool,
+}
+
+/// Where a residual block and the transformer after it stand.
+struct Place {
+    /// `down_blocks.0`.
+    block: String,
+    /// Number within the block.
+    index: usize,
+    level: usize,
+    channels: u64,
+    attention: bool,
 }
 
 impl UNetCost<'_> {
     /// A training step's forward and backward on latents of `side`, or without `training` a forward alone.
     pub fn pass(&self, batch: u64, side: u64, training: bool, recompute: bool) -> Cost {
         let trace = Trace::new(training, self.threads);
-        let pass = Pass { model: self, recompute };
+        let pass = Pass {
+            model: self,
+            training,
+            recompute,
+        };
         let context = trace.input(batch, (self.tokens, 1), self.config.cross_attention_dim as u64);
         let latents = trace.input(batch, (side, side), self.config.in_channels as u64);
         let output = pass.unet(&trace, &latents, &context);
@@ -55,56 +71,72 @@ impl<'a> Pass<'a> {
         let config = self.model.config;
         let channels: Vec<u64> = config.block_out_channels.iter().map(|c| *c as u64).collect();
         let last = channels.len() - 1;
+        let place = |block: String, index, level: usize, kind: BlockKind| Place {
+            block,
+            index,
+            level,
+            channels: channels[level],
+            attention: kind == BlockKind::CrossAttention,
+        };
         let mut x = t.conv(latents, channels[0], 3, 1, None);
         let mut skips = vec![x.clone()];
-        for (level, &c) in channels.iter().enumerate() {
-            let attention = config.down_blocks[level] == BlockKind::CrossAttention;
+        for level in 0..=last {
+            let block = format!("down_blocks.{level}");
             for j in 0..config.layers_per_block[level] {
-                let path = attention.then(|| format!("down_blocks.{level}.attentions.{j}"));
-                x = self.layer(t, &[&x], c, level, path, context);
+                let place = place(block.clone(), j, level, config.down_blocks[level]);
+                x = self.layer(t, &[&x], place, context);
                 skips.push(x.clone());
             }
             if level < last {
-                x = conv(t, &x, c, 2, None, self.model.conv_rank);
+                let sampler = self.beside(&format!("{block}.downsamplers.0.conv"));
+                x = t.adapted(
+                    Layer::Conv2d { kernel: 3, stride: 2 },
+                    &x,
+                    channels[level],
+                    sampler,
+                    None,
+                );
                 skips.push(x.clone());
             }
         }
-        let path = Some("mid_block.attentions.0".to_owned());
-        x = self.layer(t, &[&x], channels[last], last, path, context);
-        x = resnet(t, &x, channels[last], self.model.conv_rank);
+        let middle = place("mid_block".to_owned(), 0, last, BlockKind::CrossAttention);
+        x = self.layer(t, &[&x], middle, context);
+        x = resnet(t, &x, channels[last], |name| {
+            self.beside(&format!("mid_block.resnets.1.{name}"))
+        });
         for (i, level) in (0..=last).rev().enumerate() {
-            let attention = config.up_blocks[i] == BlockKind::CrossAttention;
+            let block = format!("up_blocks.{i}");
             for j in 0..=config.layers_per_block[level] {
                 let Some(skip) = skips.pop() else { break };
-                let path = attention.then(|| format!("up_blocks.{i}.attentions.{j}"));
-                x = self.layer(t, &[&x, &skip], channels[level], level, path, context);
+                x = self.layer(
+                    t,
+                    &[&x, &skip],
+                    place(block.clone(), j, level, config.up_blocks[i]),
+                    context,
+                );
             }
             if level > 0 {
-                x = conv(t, &t.upsample(&x), channels[level], 1, None, self.model.conv_rank);
+                let sampler = self.beside(&format!("{block}.upsamplers.0.conv"));
+                x = t.adapted(SAME, &t.upsample(&x), channels[level], sampler, None);
             }
         }
         t.conv(&t.norm(&x), config.out_channels as u64, 3, 1, None)
     }
 
     /// A residual block and the transformer after it, as a segment.
-    fn layer(
-        self,
-        t: &Trace<'a>,
-        inputs: &[&Shadow],
-        channels: u64,
-        level: usize,
-        attention: Option<String>,
-        context: &Shadow,
-    ) -> Shadow {
+    fn layer(self, t: &Trace<'a>, inputs: &[&Shadow], place: Place, context: &Shadow) -> Shadow {
         let context = context.clone();
         let run = move |t: &Trace<'a>, inputs: &[Shadow]| {
+            let Place { block, index, .. } = &place;
+            let beside = |name: &str| self.beside(&format!("{block}.resnets.{index}.{name}"));
             let x = match inputs {
-                [x, skip] => resnet(t, &t.cat(x, skip), channels, self.model.conv_rank),
-                inputs => resnet(t, &inputs[0], channels, self.model.conv_rank),
+                [x, skip] => resnet(t, &t.cat(x, skip), place.channels, beside),
+                inputs => resnet(t, &inputs[0], place.channels, beside),
             };
-            match &attention {
-                Some(path) => self.transformer(t, &x, level, path, &context),
-                None => x,
+            if place.attention {
+                self.transformer(t, &x, place.level, &format!("{block}.attentions.{index}"), &context)
+            } else {
+                x
             }
         };
         t.segment(inputs, self.recompute, run)
@@ -143,37 +175,44 @@ impl<'a> Pass<'a> {
     }
 
     fn linear(self, t: &Trace<'a>, path: &str, x: &Shadow, n: u64) -> Shadow {
-        if self.model.adapted.contains(path) {
-            t.lora_linear(x, n, self.model.rank)
-        } else {
-            t.linear(x, n, None)
+        t.adapted(Layer::Linear, x, n, self.beside(path), None)
+    }
+
+    fn beside(self, path: &str) -> Beside {
+        Beside {
+            rank: self.model.adapted.get(path).copied().unwrap_or(0),
+            dora: self.model.dora,
+            dropout: self.model.dropout && self.training,
         }
     }
 }
 
-/// `rank` is that of the adapters on convolutions.
-fn resnet(t: &Trace<'_>, x: &Shadow, channels: u64, rank: u64) -> Shadow {
+/// A 3x3 convolution that keeps the size.
+const SAME: Layer = Layer::Conv2d { kernel: 3, stride: 1 };
+
+/// `beside` says by a layer's name what stands beside it.
+fn resnet(t: &Trace<'_>, x: &Shadow, channels: u64, beside: impl Fn(&str) -> Beside) -> Shadow {
     let h = t.norm(x);
-    let h = conv(t, &h, channels, 1, None, rank);
+    let h = t.adapted(SAME, &h, channels, beside("conv1"), None);
     let h = t.norm(&h);
-    let shortcut = (x.channels != channels).then(|| match rank {
-        0 => t.linear(x, channels, None),
-        rank => t.lora_linear(x, channels, rank),
-    });
-    conv(t, &h, channels, 1, Some(shortcut.as_ref().unwrap_or(x)), rank)
+    let shortcut =
+        (x.channels != channels).then(|| t.adapted(Layer::Linear, x, channels, beside("conv_shortcut"), None));
+    t.adapted(
+        SAME,
+        &h,
+        channels,
+        beside("conv2"),
+        Some(shortcut.as_ref().unwrap_or(x)),
+    )
 }
 
-/// A 3x3 convolution, with an adapter if `rank` is not 0.
-fn conv(t: &Trace<'_>, x: &Shadow, n: u64, stride: u64, residual: Option<&Shadow>, rank: u64) -> Shadow {
-    if rank == 0 {
-        return t.conv(x, n, 3, stride, residual);
-    }
-    let delta = t.linear(&t.conv(x, rank, 3, stride, None), n, residual);
-    t.conv(x, n, 3, stride, Some(&delta))
+/// A residual block without adapters.
+fn vae_resnet(t: &Trace<'_>, x: &Shadow, channels: u64) -> Shadow {
+    resnet(t, x, channels, |_| Beside::default())
 }
 
 fn vae_mid(t: &Trace<'_>, config: &VaeConfig, x: &Shadow) -> Shadow {
-    let mut x = resnet(t, x, x.channels, 0);
+    let mut x = vae_resnet(t, x, x.channels);
     if config.mid_block_add_attention {
         let (tokens, c) = (x.as_tokens(), x.channels);
         let normed = t.norm(&tokens);
@@ -181,7 +220,7 @@ fn vae_mid(t: &Trace<'_>, config: &VaeConfig, x: &Shadow) -> Shadow {
         let attended = t.attention(&q, &k, &v, 1);
         x = t.linear(&attended, c, Some(&tokens)).in_shape_of(&x);
     }
-    resnet(t, &x, x.channels, 0)
+    vae_resnet(t, &x, x.channels)
 }
 
 /// `side` of the picture.
@@ -191,7 +230,7 @@ fn vae_encode(config: &VaeConfig, threads: usize, side: u64) -> Cost {
     let mut x = t.conv(&t.input(1, (side, side), 3), channels[0] as u64, 3, 1, None);
     for (level, &c) in channels.iter().enumerate() {
         for _ in 0..config.layers_per_block {
-            x = resnet(t, &x, c as u64, 0);
+            x = vae_resnet(t, &x, c as u64);
         }
         if level + 1 < channels.len() {
             x = t.conv(&x, c as u64, 3, 2, None);
@@ -212,7 +251,7 @@ fn vae_decode(config: &VaeConfig, threads: usize, batch: u64, side: u64) -> Cost
     let mut x = vae_mid(t, config, &t.conv(&latents, deepest, 3, 1, None));
     for (level, &c) in channels.iter().enumerate().rev() {
         for _ in 0..=config.layers_per_block {
-            x = resnet(t, &x, c as u64, 0);
+            x = vae_resnet(t, &x, c as u64);
         }
         if level > 0 {
             x = t.conv(&t.upsample(&x), c as u64, 3, 1, None);
@@ -223,25 +262,22 @@ fn vae_decode(config: &VaeConfig, threads: usize, batch: u64, side: u64) -> Cost
 }
 
 /// Texts of `tokens` tokens each; with a rank, forward and backward with adapters of that rank.
-fn text_encode(config: &ClipConfig, threads: usize, texts: u64, tokens: u64, rank: Option<u64>) -> Cost {
-    let t = &Trace::new(rank.is_some(), threads);
-    let projection = |x: &Shadow, n| match rank {
-        Some(rank) => t.lora_linear(x, n, rank),
-        None => t.linear(x, n, None),
+fn text_encode(config: &ClipConfig, threads: usize, texts: u64, tokens: u64, beside: Beside, recompute: bool) -> Cost {
+    let t = &Trace::new(beside.rank > 0, threads);
+    let (width, inner) = (config.hidden_size as u64, config.intermediate_size as u64);
+    let heads = config.num_attention_heads as u64;
+    let layer = move |t: &Trace<'_>, inputs: &[Shadow]| {
+        let x = &inputs[0];
+        let projection = |x: &Shadow, residual| t.adapted(Layer::Linear, x, width, beside, residual);
+        let h = t.norm(x);
+        let [q, k, v] = [(); 3].map(|()| projection(&h, None));
+        let x = projection(&t.attention(&q, &k, &v, heads), Some(x));
+        let h = t.linear(&t.norm(&x), inner, None);
+        t.linear(&t.activation(&h, inner), width, Some(&x))
     };
-    let width = config.hidden_size as u64;
     let mut x = t.input(texts, (tokens, 1), width);
     for _ in 0..config.num_hidden_layers {
-        let h = t.norm(&x);
-        let [q, k, v] = [(); 3].map(|()| projection(&h, width));
-        let attended = t.attention(&q, &k, &v, config.num_attention_heads as u64);
-        x = match rank {
-            Some(rank) => t.add(&t.lora_linear(&attended, width, rank), &x),
-            None => t.linear(&attended, width, Some(&x)),
-        };
-        let inner = config.intermediate_size as u64;
-        let h = t.linear(&t.norm(&x), inner, None);
-        x = t.linear(&t.activation(&h, inner), width, Some(&x));
+        x = t.segment(&[&x], recompute, layer);
     }
     let out = t.norm(&x);
     t.finish(out)
@@ -300,12 +336,19 @@ pub(super) fn estimate(base: &BaseFolder, unet: &UNetCost<'_>, job: &JobFacts) -
         threads,
         super::text::TEXT_BATCH as u64,
         unet.tokens,
-        None,
+        Beside::default(),
+        false,
     );
-    // Its activations live from its forward to the end of the UNet's backward.
-    let trained_text = job.text_encoder_rank.map_or(Cost::default(), |rank| {
-        text_encode(&base.text_encoder, threads, job.batch, unet.tokens, Some(rank))
-    });
+    let trained_text = |recompute| {
+        job.text_encoder_rank.map_or(Cost::default(), |rank| {
+            let beside = Beside {
+                rank,
+                dora: false,
+                dropout: unet.dropout,
+            };
+            text_encode(&base.text_encoder, threads, job.batch, unet.tokens, beside, recompute)
+        })
+    };
     let encode = vae_encode(&base.vae, threads, job.resolution);
     let (at_once, drawn) = (job.prompts.min(super::train::SAMPLE_BATCH as u64), job.prompts);
     let latents = 2 * 4 * base.vae.latent_channels as u64 * side * side * job.variants;
@@ -335,6 +378,8 @@ pub(super) fn estimate(base: &BaseFolder, unet: &UNetCost<'_>, job: &JobFacts) -
         };
     let of = |recompute: bool| {
         let step = unet.pass(job.batch, side, true, recompute);
+        // Its activations live from its forward to the end of the UNet's backward.
+        let trained_text = trained_text(recompute);
         let work = (step.work + trained_text.work) * job.accumulation as f64 + job.adapter.step_work();
         let phase = |kept, passing| Phase { kept, passing };
         let trained = kept_data + text_kept + decoder + job.adapter.resident_bytes() + unet_weights;

@@ -1,7 +1,7 @@
 //! What a job of this family will do: steps, memory, time, warnings. The dry run, the scheduler's admission and the
 //! trainer's own choice of checkpointing all read it from here.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use lorad_proto::{
     catalog::Plan,
@@ -13,7 +13,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{
-    adapters::{Chosen, TEXT_ENCODER, UNET},
+    adapters::{TEXT_ENCODER, UNET},
     cache::framings,
     cost::{self, JobFacts, UNetCost},
     schema::{GradientCheckpointing, Settings},
@@ -24,7 +24,6 @@ use crate::{
     Result, TrainError,
     data::{Buckets, Order},
     estimate::{AdapterCost, Estimate, Machine},
-    lora::target::is_convolution,
     memory,
     optim::fields::OptimizerSettings,
     run::planned_steps,
@@ -88,17 +87,16 @@ impl JobPlan {
 
         let chosen = settings.adapters.choose(base)?;
         let trainable_params = settings.adapters.params(&chosen);
-        let largest_rank = |of: &dyn Fn(&Chosen) -> bool| {
-            let ranks = chosen.iter().filter(|m| of(m)).map(|m| m.rank as u64);
-            ranks.max().unwrap_or(0)
+        let ranks_of = |root: &str| -> BTreeMap<String, u64> {
+            let found = chosen.iter().filter(|m| m.root == root);
+            found.map(|m| (m.path.clone(), m.rank as u64)).collect()
         };
-        let in_unet = chosen.iter().filter(|m| m.root == UNET);
-        let adapted: BTreeSet<String> = in_unet.map(|m| m.path.clone()).collect();
+        let adapted = ranks_of(UNET);
         let unet = UNetCost {
             config: &base.unet,
             adapted: &adapted,
-            rank: largest_rank(&|m| m.root == UNET && !is_convolution(&m.path)),
-            conv_rank: largest_rank(&|m| m.root == UNET && is_convolution(&m.path)),
+            dora: settings.adapters.use_dora(),
+            dropout: settings.adapters.lora_dropout > 0.0,
             tokens: base.tokenizer()?.max_length() as u64,
             threads: rayon::current_num_threads(),
         };
@@ -133,10 +131,8 @@ impl JobPlan {
             rounds,
             inference_steps: u64::from(sampling.num_inference_steps),
             keeps_text_encoder: settings.data.caption.shuffle_caption || settings.adapters.train_text_encoder,
-            text_encoder_rank: settings
-                .adapters
-                .train_text_encoder
-                .then(|| largest_rank(&|m| m.root == TEXT_ENCODER)),
+            // Patterns may give its modules different ranks: the largest.
+            text_encoder_rank: ranks_of(TEXT_ENCODER).into_values().max(),
             adapter: AdapterCost {
                 parameters: trainable_params,
                 state_vectors: run.optimizer.config().state_vectors()
@@ -291,6 +287,9 @@ mod tests {
             json!({"batch_size": 8, "resolution": 128}),
             json!({"batch_size": 8, "lora_rank": 128}),
             json!({"batch_size": 8, "target_modules": "transformer"}),
+            json!({"batch_size": 8, "use_dora": true}),
+            json!({"batch_size": 8, "lora_dropout": 0.1}),
+            json!({"batch_size": 8, "conv_rank": 8}),
         ] {
             assert!(memory(&larger) > plain, "{larger}");
         }
@@ -313,6 +312,8 @@ mod tests {
         assert!((flops(json!({"batch_size": 4, "gradient_accumulation_steps": 3})) / plain - 3.0).abs() < 0.01);
         assert!(flops(json!({"batch_size": 8})) > 1.5 * plain);
         assert!(flops(json!({"batch_size": 4, "gradient_checkpointing": "on"})) > 1.2 * plain);
+        assert!(flops(json!({"batch_size": 4, "use_dora": true})) > plain);
+        assert!(flops(json!({"batch_size": 4, "conv_rank": 8})) > plain);
     }
 
     #[test]
