@@ -4,6 +4,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
 #[allow(dead_code)]
+#[path = "support/attempt.rs"]
+mod attempt;
+#[allow(dead_code)]
 mod support;
 
 use std::{
@@ -17,6 +20,7 @@ use std::{
 
 use candle_core::{Device, Tensor, Var};
 use lorad_train::{
+    export::{BaseTraits, ExportJob, write_results},
     families::sd1::{
         cost::UNetCost,
         unet::{UNet2DConditionModel, adaptable_modules},
@@ -24,7 +28,9 @@ use lorad_train::{
     },
     lora::{Adapter, AdapterSet},
     nn::dropout::{Dropout, with_dropout},
+    task::ExportContext,
 };
+use serde_json::json;
 
 struct Counting;
 
@@ -174,4 +180,53 @@ fn the_estimate_of_a_step_is_what_an_allocator_counts() {
         }
         .compare(&base, bare);
     }
+}
+
+/// ΔW of every module together would be many times what the adapter and its files take.
+#[test]
+fn an_export_holds_one_modules_weights_at_a_time() {
+    const SIDE: usize = 512;
+    const MODULES: usize = 48;
+    let _alone = alone();
+    let root = tempfile::tempdir().unwrap();
+    attempt::write_dataset(&root.path().join("data"), &[(64, 64, "a")]);
+    let spec = attempt::spec(
+        "tiny-sd1",
+        &root.path().join("data"),
+        root.path().join("attempt"),
+        &json!({}),
+    );
+    let mut adapters = AdapterSet::default();
+    for i in 0..MODULES {
+        let adapter = Adapter::new(var(&[2, SIDE]), var(&[SIDE, 2]), 2.0);
+        adapters.modules.insert(format!("unet.blocks.{i}.to_q"), adapter);
+    }
+    let job = ExportJob {
+        adapters: &adapters,
+        context: &ExportContext {
+            spec: &spec,
+            steps: 1,
+            epoch: 1.0,
+            started_at_ms: 0,
+        },
+        base: BaseTraits {
+            dir: spec.base_model.path.clone(),
+            is_v2: false,
+            v_prediction: false,
+            resolution: 64,
+            n_items: 1,
+        },
+    };
+    let before = LIVE.load(Relaxed);
+    PEAK.store(before, Relaxed);
+    let files = write_results(&root.path().join("results"), &job).unwrap();
+    let peak = PEAK.load(Relaxed) - before;
+    assert!(files.len() >= 4, "{files:?}");
+    let delta = 8 * SIDE * SIDE;
+    println!("{peak} bytes, {delta} of one module");
+    // The one read back, the one expected, and room for files of half a megabyte.
+    assert!(
+        peak < 5 * delta && 5 * delta < MODULES * delta / 4,
+        "{peak} bytes, {delta} of one module"
+    );
 }

@@ -72,17 +72,26 @@ pub(super) fn diffusers(adapter: &HostAdapter) -> TensorFile {
     file
 }
 
-/// What a reader rebuilds of one module.
+/// What a reader rebuilds one module from. ΔW itself is as large as the layer's weight, in f64, so that only one at a time is
+/// made.
 #[derive(Debug)]
-pub(super) struct Rebuilt {
-    /// ΔW.
-    pub(super) delta: Vec<f64>,
+pub(super) struct Rebuilt<'a> {
+    a: &'a Host,
+    b: &'a Host,
+    scale: f64,
     /// DoRA's.
-    pub(super) magnitude: Option<Host>,
+    pub(super) magnitude: Option<&'a Host>,
+}
+
+impl Rebuilt<'_> {
+    /// ΔW, row by row.
+    pub(super) fn delta(&self) -> Vec<f64> {
+        delta(self.a, self.b, self.scale)
+    }
 }
 
 /// By module from a diffusers file, as a reader that takes alpha = rank.
-pub(super) fn read_diffusers(file: &TensorFile) -> BTreeMap<String, Rebuilt> {
+pub(super) fn read_diffusers(file: &TensorFile) -> BTreeMap<String, Rebuilt<'_>> {
     read_pairs(file, "", ".lora_A.weight", ".lora_B.weight", |_| 1.0)
 }
 
@@ -175,7 +184,7 @@ pub(super) fn peft_config(adapter: &HostAdapter, base_model: &str, init: &Value,
 }
 
 /// By module from a PEFT file and its config; `root` is put in front of the modules' paths.
-pub(super) fn read_peft(file: &TensorFile, config: &Value, root: &str) -> BTreeMap<String, Rebuilt> {
+pub(super) fn read_peft<'a>(file: &'a TensorFile, config: &Value, root: &str) -> BTreeMap<String, Rebuilt<'a>> {
     let of = |name: &str, pattern: &str, all: &str| {
         let value = config[pattern]
             .get(name.trim_start_matches("base_model.model."))
@@ -223,7 +232,7 @@ pub(super) fn kohya(adapter: &HostAdapter, metadata: BTreeMap<String, String>) -
 }
 
 /// By kohya's module name.
-pub(super) fn read_kohya(file: &TensorFile) -> BTreeMap<String, Rebuilt> {
+pub(super) fn read_kohya(file: &TensorFile) -> BTreeMap<String, Rebuilt<'_>> {
     read_pairs(file, "", ".lora_down.weight", ".lora_up.weight", |name| {
         let rank = file
             .tensors
@@ -240,13 +249,13 @@ pub(super) fn read_kohya(file: &TensorFile) -> BTreeMap<String, Rebuilt> {
     })
 }
 
-fn read_pairs(
-    file: &TensorFile,
+fn read_pairs<'a>(
+    file: &'a TensorFile,
     prefix: &str,
     a_suffix: &str,
     b_suffix: &str,
     scale: impl Fn(&str) -> f64,
-) -> BTreeMap<String, Rebuilt> {
+) -> BTreeMap<String, Rebuilt<'a>> {
     let mut modules = BTreeMap::new();
     for (key, a) in &file.tensors {
         let Some(name) = key.strip_suffix(a_suffix) else {
@@ -257,8 +266,10 @@ fn read_pairs(
         };
         let module = name.strip_prefix(prefix).unwrap_or(name);
         let rebuilt = Rebuilt {
-            delta: delta(a, b, scale(name)),
-            magnitude: file.tensors.get(&format!("{name}{MAGNITUDE}")).cloned(),
+            a,
+            b,
+            scale: scale(name),
+            magnitude: file.tensors.get(&format!("{name}{MAGNITUDE}")),
         };
         modules.insert(module.to_owned(), rebuilt);
     }

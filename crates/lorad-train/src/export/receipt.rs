@@ -172,7 +172,7 @@ fn read(dir: &Path, file: &ResultFile) -> Result<TensorFile> {
 fn compare(
     file: &ResultFile,
     stored: &TensorFile,
-    found: &BTreeMap<String, Rebuilt>,
+    found: &BTreeMap<String, Rebuilt<'_>>,
     adapter: &HostAdapter,
     name: impl Fn(&str) -> String,
     tensors_per_module: usize,
@@ -195,10 +195,10 @@ fn compare(
     let mut worst = 0.0_f64;
     for (module, factors) in &adapter.modules {
         let rebuilt = &found[&name(module)];
-        if rebuilt.magnitude != factors.magnitude {
+        if rebuilt.magnitude != factors.magnitude.as_ref() {
             return Err(wrong(file, &format!("the magnitudes of {module} differ")).into());
         }
-        let error = relative_error(&rebuilt.delta, &factors.delta());
+        let error = relative_error(&rebuilt.delta(), &factors.delta());
         // Infinite where a value is not a number.
         if error > MAX_RELATIVE_ERROR {
             return Err(wrong(file, &format!("ΔW of {module} differs by {error:.1e} relative")).into());
