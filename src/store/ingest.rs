@@ -229,13 +229,7 @@ impl Applying<'_> {
             .execute(&mut **self.tx)
             .await
             .map_err(query("record a resume"))?;
-        // Steps that this attempt repeats: the old figures would stand beside the new ones.
-        sqlx::query("DELETE FROM job_metrics WHERE job_id = ? AND step > ?")
-            .bind(self.job.id.to_string())
-            .bind(rows::int(from))
-            .execute(&mut **self.tx)
-            .await
-            .map_err(query("drop repeated steps"))?;
+        self.drop_steps_after(from).await?;
         self.set_step(from).await?;
         let message = match resumed {
             Some(step) => format!(
@@ -272,6 +266,17 @@ impl Applying<'_> {
         Ok(())
     }
 
+    /// Forgets steps that are taken once more: the old figures would stand beside the new ones.
+    async fn drop_steps_after(&mut self, step: u64) -> Result<()> {
+        sqlx::query("DELETE FROM job_metrics WHERE job_id = ? AND step > ?")
+            .bind(self.job.id.to_string())
+            .bind(rows::int(step))
+            .execute(&mut **self.tx)
+            .await
+            .map_err(query("drop repeated steps"))?;
+        Ok(())
+    }
+
     async fn set_step(&mut self, step: u64) -> Result<()> {
         sqlx::query("UPDATE jobs SET step = ? WHERE id = ?")
             .bind(rows::int(step))
@@ -297,7 +302,13 @@ impl Applying<'_> {
                 .await
                 .map_err(query("record the first step"))?;
         }
+        let mut reached = self.job.step;
         for (t_ms, step) in &steps {
+            // The run has gone back to an earlier checkpoint; it may end before it is as far again.
+            if step.step <= reached {
+                self.drop_steps_after(step.step).await?;
+            }
+            reached = step.step;
             self.metric(*t_ms, step).await?;
         }
         self.set_step(last.step).await?;

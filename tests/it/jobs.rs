@@ -226,6 +226,35 @@ async fn a_worker_drained_during_its_export_goes_on_and_counts_as_no_failure() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn steps_that_a_rescued_run_takes_again_replace_the_old_ones_and_those_it_never_reaches_again_are_gone() {
+    let server = TestServer::start().await;
+    for (end, step_ms) in [(20, 1), (9, 1), (9, 40)] {
+        // At 1 ms, both passes come in one batch; at 40 ms, in several.
+        let job = server
+            .post(json!({"steps": 20, "step_ms": step_ms, "rescue_at": 12, "rescue_to": 4, "rescued_steps": end}))
+            .await;
+        let job = server.ended(job.id).await;
+        assert_eq!((job.status, job.step), (JobStatus::Succeeded, end));
+        assert_every_step(server.store(), &job, end).await;
+        for row in server.store().metrics(job.id, 0, u64::MAX).await.unwrap() {
+            let expected = if row.step > 4 { 5e-4 } else { 1e-3 };
+            assert!((row.lr - expected).abs() < 1e-12, "step {}: {}", row.step, row.lr);
+        }
+        let answer = reqwest::get(server.url(&format!("/jobs/{}/metrics", job.id)))
+            .await
+            .unwrap();
+        let curve = answer.json::<Value>().await.unwrap();
+        assert_eq!(curve["x"], json!((1..=end).collect::<Vec<_>>()));
+        let alerts = server
+            .store()
+            .newest_events(job.id, EventKind::Alert, 10)
+            .await
+            .unwrap();
+        assert_eq!(alerts.len(), 1, "{alerts:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_job_is_not_deleted_while_another_that_has_not_ended_starts_from_its_files() {
     let server = TestServer::start().await;
     let source = server.post(json!({"steps": 2, "step_ms": 1})).await;

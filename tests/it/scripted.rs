@@ -170,6 +170,10 @@ struct Script {
     hold_at: Option<u64>,
     /// The first attempt waits when it has said that it exports.
     hold_export: bool,
+    /// After the first step it goes back to the second, once, with half the learning rate.
+    rescue: Option<(u64, u64)>,
+    /// The last step after that.
+    rescued_steps: u64,
     /// Its result is not the one that it announces.
     spoil: bool,
     /// Length of a line that it logs before each step.
@@ -186,8 +190,12 @@ impl Script {
             let step = script.get(*how)?.as_u64()?;
             Some(((*how).to_owned(), step))
         });
+        let steps = number("steps", 20);
+        let rescue = script.get("rescue_at").and_then(serde_json::Value::as_u64);
         Self {
-            steps: number("steps", 20),
+            rescue: rescue.map(|at| (at, number("rescue_to", 0))),
+            rescued_steps: number("rescued_steps", steps),
+            steps,
             step_ms: number("step_ms", 10),
             checkpoint_every: number("checkpoint_every", 0),
             ends,
@@ -213,7 +221,8 @@ fn is_held(spec: &AttemptSpec) -> bool {
 
 #[expect(clippy::needless_pass_by_value, reason = "as the real one is called")]
 fn train(spec: AttemptSpec, reporter: Arc<dyn Reporter>) -> WorkerEvent {
-    let script = Script::of(&spec);
+    let mut script = Script::of(&spec);
+    let mut lr = 1e-3;
     let mut step = spec.resume_from.as_deref().map_or(0, step_of);
     // As the real loop does it: nothing is written when nothing is new.
     let mut saved_at = spec.resume_from.as_ref().map(|_| step);
@@ -283,12 +292,23 @@ fn train(spec: AttemptSpec, reporter: Arc<dyn Reporter>) -> WorkerEvent {
             total_steps: script.steps,
             epoch: step as f64 / 10.0,
             loss: Some(1.0 / step as f64),
-            lr: 1e-3,
+            lr,
             grad_norm: Some(1.0),
             step_ms: script.step_ms as f64,
             samples_per_s: 1.0,
             extra: BTreeMap::new(),
         }));
+        if let Some((_, to)) = script.rescue.take_if(|(at, _)| *at == step) {
+            (step, lr) = (to, lr / 2.0);
+            script.steps = script.rescued_steps;
+            reporter.emit(WorkerEvent::Alert {
+                code: "run.rescued".to_owned(),
+                severity: lorad_proto::event::Level::Warn,
+                step,
+                detail: format!("Back to step {to}."),
+            });
+            continue;
+        }
         if script.checkpoint_every > 0 && step.is_multiple_of(script.checkpoint_every) {
             checkpoint(&spec, step, &mut saved_at, &*reporter);
         }

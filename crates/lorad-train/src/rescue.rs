@@ -58,9 +58,13 @@ impl Health {
     /// Takes the loss of `step` in; `None`: it was not finite.
     ///
     /// `trivial` is the loss of a model that always predicts zeros, if the family knows it. A run whose base model did
-    /// better, and which now does worse, has unlearned everything, however gently its loss rose.
+    /// better, and which now does worse, has unlearned everything, however gently its loss rose. A loss of exactly 0 says
+    /// nothing of the model: no sample of the step counts (black masks).
     pub fn observe(&mut self, step: u64, loss: Option<f64>, trivial: Option<f64>) -> Verdict {
         let Some(loss) = loss else { return Verdict::NotFinite };
+        if loss == 0.0 {
+            return Verdict::Healthy;
+        }
         self.seen += 1;
         self.average += SMOOTHING * (loss - self.average);
         let correction = 1.0 - (1.0 - SMOOTHING).powi(i32::try_from(self.seen).unwrap_or(i32::MAX));
@@ -164,6 +168,19 @@ mod tests {
                 |step| health.observe(step, Some(if step <= 3 { 0.03 } else { 0.3 }), trivial) == Verdict::Healthy;
             assert!((1..=200).all(healthy));
         }
+    }
+
+    /// A data set of black masks with one picture that counts: a minimum of 0 would make an explosion of it.
+    #[test]
+    fn steps_in_which_nothing_counts_are_no_measure_for_the_others() {
+        let mut health = Health::default();
+        assert!((1..=100).all(|step| health.observe(step, Some(0.0), None) == Verdict::Healthy));
+        for step in 101..=1000 {
+            let loss = if step % 10 == 0 { 0.3 } else { 0.0 };
+            assert_eq!(health.observe(step, Some(loss), None), Verdict::Healthy, "step {step}");
+        }
+        let mut later = (1001..=1100).map(|step| health.observe(step, Some(3.0), None));
+        assert!(later.any(|verdict| matches!(verdict, Verdict::Exploded { .. })));
     }
 
     #[test]

@@ -379,13 +379,15 @@ fn another_encoder_never_hits_an_entry_of_before() {
 }
 
 #[test]
-fn the_planned_steps_are_those_of_the_run_with_repeats_and_held_out_items() {
+fn the_planned_steps_are_those_of_the_run_with_repeats_regularisation_images_and_held_out_items() {
     let root = tempfile::tempdir().unwrap();
     let data = root.path().join("data");
     let mut items = write_dataset(&data, MIXED);
     for item in &mut items {
         item.repeats = 1 + item.n % 4;
     }
+    // Fewer than the others with their repeats, so that they come again and again.
+    items[2].is_reg = true;
     write_items(&data, &items);
     for given in [
         json!({"max_train_steps": null, "num_epochs": 2, "batch_size": 2, "validation_fraction": 0.4}),
@@ -411,23 +413,25 @@ fn the_planned_steps_are_those_of_the_run_with_repeats_and_held_out_items() {
     }
 }
 
+/// Gives every picture a mask that is black everywhere, but for one.
+fn black(but: Option<u32>) -> impl FnOnce(&mut Vec<Item>, &Path) {
+    move |items, data| {
+        for item in items.iter_mut().filter(|item| but.is_none_or(|n| item.n != n)) {
+            let file = format!("{:05}.mask.png", item.n);
+            let path = data.join("files").join(&file);
+            image::GrayImage::new(item.width, item.height).save(&path).unwrap();
+            item.mask = Some(Mask {
+                file,
+                sha256: "0".repeat(64),
+            });
+        }
+    }
+}
+
 /// kohya's masks say where the loss counts; one that is black everywhere says nowhere.
 #[test]
 fn pictures_with_black_masks_neither_stop_the_gradient_check_nor_hide_from_it() {
     let root = tempfile::tempdir().unwrap();
-    let black = |only: Option<u32>| {
-        move |items: &mut Vec<Item>, data: &Path| {
-            for item in items.iter_mut().filter(|item| only.is_none_or(|n| item.n != n)) {
-                let file = format!("{:05}.mask.png", item.n);
-                let path = data.join("files").join(&file);
-                image::GrayImage::new(item.width, item.height).save(&path).unwrap();
-                item.mask = Some(Mask {
-                    file,
-                    sha256: "0".repeat(64),
-                });
-            }
-        }
-    };
     let given = json!({"masked_loss": true, "batch_size": 1, "max_train_steps": 8});
     // Whatever comes first, most of it is black: the check finds the one picture that shows something.
     let (_, log) = trained(root.path(), MIXED, black(Some(0)), &given, None);
@@ -439,6 +443,39 @@ fn pictures_with_black_masks_neither_stop_the_gradient_check_nor_hide_from_it() 
     let (_, log) = trained(root.path(), MIXED, black(None), &given, None);
     assert!(!log.said("gradient check"));
     assert_eq!(log.alerts(), ["gradients.not_checked"]);
+    assert!(log.losses().iter().all(|(_, loss)| *loss == 0.0));
+}
+
+/// Gradients of zeros, before an optimizer has seen others: a moment of 0 divided by the root of one.
+#[test]
+fn a_first_step_in_which_nothing_counts_breaks_no_optimizer() {
+    let root = tempfile::tempdir().unwrap();
+    for optimizer in ["adamw", "lion", "adafactor", "prodigy", "sgd"] {
+        let given = json!({"masked_loss": true, "batch_size": 1, "gradient_accumulation_steps": 1, "max_train_steps": 7,
+            "optimizer": optimizer});
+        let (adapter, log) = trained(root.path(), MIXED, black(Some(0)), &given, None);
+        let losses = log.losses();
+        let counting: Vec<u64> = losses
+            .iter()
+            .filter(|(_, loss)| *loss > 0.0)
+            .map(|(step, _)| *step)
+            .collect();
+        // An epoch: the one picture that counts comes once, and not first.
+        assert!(counting.len() == 1 && counting[0] > 1, "{optimizer}: {losses:?}");
+        assert!(log.alerts().is_empty(), "{optimizer}: {:?}", log.alerts());
+        let (nothing, _) = trained(root.path(), MIXED, black(None), &given, None);
+        assert!(
+            adapter != nothing,
+            "{optimizer} learned nothing from the one that counts"
+        );
+        let file = safetensors::SafeTensors::deserialize(&adapter).unwrap();
+        let values = file.tensors().into_iter().flat_map(|(_, t)| t.data().to_vec());
+        let values: Vec<u8> = values.collect();
+        assert!(
+            values.as_chunks().0.iter().all(|v| f32::from_le_bytes(*v).is_finite()),
+            "{optimizer}"
+        );
+    }
 }
 
 #[test]

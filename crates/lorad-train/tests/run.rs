@@ -6,12 +6,12 @@
 #[allow(dead_code)]
 #[path = "support/attempt.rs"]
 mod attempt;
+#[path = "support/faulty.rs"]
+mod faulty;
 #[allow(dead_code)]
 mod support;
 #[path = "run/text_encoder.rs"]
 mod text_encoder;
-#[path = "support/tight.rs"]
-mod tight;
 
 use std::{
     collections::BTreeMap,
@@ -20,6 +20,7 @@ use std::{
 };
 
 use attempt::{Recorder, run, run_with, write_items};
+use faulty::Faulty;
 use lorad_proto::{
     dataset::Item,
     event::{StopReason, WorkerEvent},
@@ -623,6 +624,41 @@ fn a_run_that_explodes_rescues_itself() {
     assert!(matches!(end, WorkerEvent::Failed { .. }) && log.alerts().is_empty());
 }
 
+/// What was best before a rescue was of adapters that the run has gone back from.
+#[test]
+fn a_rescue_to_before_the_first_validation_forgets_the_best_adapter() {
+    let root = tempfile::tempdir().unwrap();
+    let given = json!({
+        "lr_scheduler": "constant", "lr_warmup_steps": 0, "max_train_steps": 6, "validation_fraction": 0.4,
+        "validation_every_steps": 2,
+    });
+    let run_with = |name: &str, broken_step: Option<u64>, validations: &[f64]| {
+        let job = spec(root.path(), name, &given);
+        let family = Faulty {
+            broken_step,
+            validations: Some(validations.to_vec()),
+            ..Faulty::default()
+        };
+        let log = Recorder::default();
+        match run_with(&family, &job, &log) {
+            WorkerEvent::Done { results } => (results, log),
+            end => panic!("{end:?}"),
+        }
+    };
+    // The base model's, after step 2, and then once more from the start.
+    let (results, log) = run_with("rescued", Some(3), &[0.5, 0.1, 0.4, 0.3, 0.35]);
+    assert_eq!(log.alerts(), ["run.rescued", "result.earlier_step"]);
+    let expected = [(2, 0.1), (2, 0.4), (4, 0.3), (6, 0.35)];
+    assert_eq!(log.validations(), expected);
+    assert_eq!(
+        (&results.summary["best_step"], &results.summary["best_validation_loss"]),
+        (&json!(4), &json!(0.3))
+    );
+    // After the first validation it goes no further back than to what that found, where there is a checkpoint.
+    let (results, _) = run_with("healthy", None, &[0.5, 0.1, 0.4, 0.3]);
+    assert_eq!(results.summary["best_step"], json!(2));
+}
+
 #[test]
 fn a_run_that_runs_out_of_memory_goes_on_with_half_the_micro_batch_to_the_same_result() {
     let root = tempfile::tempdir().unwrap();
@@ -631,7 +667,7 @@ fn a_run_that_runs_out_of_memory_goes_on_with_half_the_micro_batch_to_the_same_r
     let (whole_log, log) = (Recorder::default(), Recorder::default());
     run(&whole, &whole_log);
     let cut = spec(root.path(), "cut", &given);
-    let end = run_with(&tight::Tight(2), &cut, &log);
+    let end = run_with(&Faulty::holding(2), &cut, &log);
     let WorkerEvent::Done { results } = end else {
         panic!("{end:?}")
     };
@@ -648,14 +684,14 @@ fn a_run_that_runs_out_of_memory_goes_on_with_half_the_micro_batch_to_the_same_r
     resumed.resume_from = Some(cut.attempt_dir.join("checkpoints/00000001"));
     let log = Recorder::default();
     assert!(matches!(
-        run_with(&tight::Tight(2), &resumed, &log),
+        run_with(&Faulty::holding(2), &resumed, &log),
         WorkerEvent::Done { .. }
     ));
     assert!(log.alerts().is_empty(), "{:?}", log.alerts());
 
     // Nor is a second halving.
     let failed = spec(root.path(), "failed", &given);
-    let end = run_with(&tight::Tight(1), &failed, &Recorder::default());
+    let end = run_with(&Faulty::holding(1), &failed, &Recorder::default());
     let WorkerEvent::Failed { problem } = end else {
         panic!("{end:?}")
     };
@@ -670,7 +706,7 @@ fn an_attempt_after_one_that_was_killed_for_memory_begins_with_half_the_micro_ba
     job.after_out_of_memory = true;
     let log = Recorder::default();
     assert!(matches!(
-        run_with(&tight::Tight(2), &job, &log),
+        run_with(&Faulty::holding(2), &job, &log),
         WorkerEvent::Done { .. }
     ));
     assert_eq!(log.alerts(), ["memory.rescued"]);

@@ -1,6 +1,10 @@
-//! The `sd1` family on a device whose memory holds only so many samples at a time.
+//! The `sd1` family where something goes wrong.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    cell::{Cell, RefCell},
+    collections::{BTreeMap, VecDeque},
+    path::Path,
+};
 
 use candle_core::Device;
 use lorad_proto::{
@@ -17,14 +21,30 @@ use lorad_train::{
 };
 use serde_json::{Map, Value};
 
-/// Most samples of a micro-batch.
-pub(crate) struct Tight(pub(crate) usize);
+#[derive(Default, Clone)]
+pub(crate) struct Faulty {
+    /// Most samples of a micro-batch that memory holds.
+    pub(crate) most_samples: Option<usize>,
+    /// The step whose loss is no number, the first time that it is taken.
+    pub(crate) broken_step: Option<u64>,
+    /// What validations find instead of the truth, the base model's loss first.
+    pub(crate) validations: Option<Vec<f64>>,
+}
+
+impl Faulty {
+    pub(crate) fn holding(samples: usize) -> Self {
+        Self {
+            most_samples: Some(samples),
+            ..Self::default()
+        }
+    }
+}
 
 fn sd1() -> &'static dyn Family {
     families::by_id("sd1").unwrap()
 }
 
-impl Family for Tight {
+impl Family for Faulty {
     fn id(&self) -> &'static str {
         "sd1"
     }
@@ -51,34 +71,49 @@ impl Family for Tight {
         sd1().plan(dir, base, hyperparameters, sampling, dataset)
     }
     fn open(&self, spec: &AttemptSpec, device: &Device, reporter: &dyn Reporter) -> Result<Box<dyn Task>> {
-        Ok(Box::new(TightTask(sd1().open(spec, device, reporter)?, self.0)))
+        Ok(Box::new(FaultyTask {
+            task: sd1().open(spec, device, reporter)?,
+            most_samples: self.most_samples.unwrap_or(usize::MAX),
+            broken_step: Cell::new(self.broken_step),
+            validations: self.validations.clone().map(|losses| RefCell::new(losses.into())),
+        }))
     }
 }
 
-struct TightTask(Box<dyn Task>, usize);
+struct FaultyTask {
+    task: Box<dyn Task>,
+    most_samples: usize,
+    broken_step: Cell<Option<u64>>,
+    validations: Option<RefCell<VecDeque<f64>>>,
+}
 
-impl Task for TightTask {
+impl Task for FaultyTask {
     fn adapters(&self) -> &AdapterSet {
-        self.0.adapters()
+        self.task.adapters()
     }
     fn n_items(&self) -> usize {
-        self.0.n_items()
+        self.task.n_items()
     }
     fn buckets(&self) -> Vec<usize> {
-        self.0.buckets()
+        self.task.buckets()
     }
     fn fingerprints(&self) -> BTreeMap<String, String> {
-        self.0.fingerprints()
+        self.task.fingerprints()
     }
     fn loss(&self, batch: &MicroBatch) -> Result<BatchLoss> {
-        if batch.items.len() > self.1 {
+        if batch.items.len() > self.most_samples {
             let text = "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")";
             return Err(candle_core::Error::Msg(text.to_owned()).into());
         }
-        self.0.loss(batch)
+        let mut loss = self.task.loss(batch)?;
+        if self.broken_step.get() == Some(batch.step) {
+            self.broken_step.set(None);
+            loss.mean = (loss.mean * f64::NAN)?;
+        }
+        Ok(loss)
     }
     fn trivial_loss(&self) -> Option<f64> {
-        self.0.trivial_loss()
+        self.task.trivial_loss()
     }
     fn validate(
         &self,
@@ -86,7 +121,14 @@ impl Task for TightTask {
         micro_batch: usize,
         on_progress: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Option<Validation>> {
-        self.0.validate(with_adapter, micro_batch, on_progress)
+        let found = self.task.validate(with_adapter, micro_batch, on_progress)?;
+        Ok(match (&self.validations, found) {
+            (Some(losses), Some(found)) => Some(Validation {
+                loss: losses.borrow_mut().pop_front().unwrap(),
+                ..found
+            }),
+            (_, found) => found,
+        })
     }
     fn sample(
         &self,
@@ -95,9 +137,9 @@ impl Task for TightTask {
         with_adapter: bool,
         on_progress: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Vec<image::RgbImage>> {
-        self.0.sample(prompts, sampling, with_adapter, on_progress)
+        self.task.sample(prompts, sampling, with_adapter, on_progress)
     }
     fn export(&self, dir: &Path, context: &ExportContext<'_>) -> Result<Vec<ResultFile>> {
-        self.0.export(dir, context)
+        self.task.export(dir, context)
     }
 }
