@@ -125,7 +125,7 @@ fn main() {
         let unet = UNet2DConditionModel::load_as(&base, &Device::Cpu, &set, dtype).unwrap();
         (base.unet, set, unet)
     };
-    unet.set_gradient_checkpointing(option("checkpointing"));
+    unet.controls().set_checkpointing(option("checkpointing"));
     let normal = |shape: &[usize]| Tensor::randn(0_f32, 1.0, shape, &Device::Cpu).unwrap();
     let c = config.in_channels;
     let (sample, target) = (normal(&[batch, c, side, side]), normal(&[batch, c, side, side]));

@@ -267,8 +267,8 @@ fn encoder_gradients(case: &str, checkpointing: bool) -> (Vec<(String, Tensor)>,
     let base = base(case);
     let encoder = ClipTextModel::load(&base, &CPU, &set).unwrap();
     let unet = UNet2DConditionModel::load(&base, &CPU, &set).unwrap();
-    encoder.set_gradient_checkpointing(checkpointing);
-    unet.set_gradient_checkpointing(checkpointing);
+    encoder.controls().set_checkpointing(checkpointing);
+    unet.controls().set_checkpointing(checkpointing);
     let ids = of_encoder["input_ids"].to_dtype(DType::U32).unwrap();
     let text = encoder.forward(&ids).unwrap();
     assert_relative(case, &text, &of_encoder["last_hidden_state"], 1e-4);
@@ -325,7 +325,7 @@ fn an_adapter_that_is_switched_off_has_no_effect_and_no_gradient() {
             .unwrap()
     };
     let on = run(&unet);
-    unet.set_adapters_enabled(false);
+    unet.controls().set_enabled(false);
     let off = run(&unet);
     let plain = run(&UNet2DConditionModel::load(&base, &CPU, &AdapterSet::default()).unwrap());
     assert!(compare(&on, &plain).0 > 1e-3);
@@ -484,7 +484,7 @@ fn gradient_checkpointing_does_not_change_a_bit() {
         );
         let unet = UNet2DConditionModel::load(&base(case), &CPU, &set).unwrap();
         let run = |checkpointing: bool| {
-            unet.set_gradient_checkpointing(checkpointing);
+            unet.controls().set_checkpointing(checkpointing);
             output_and_gradients(&unet, &set, &t)
         };
         assert_eq!(run(false), run(true), "{case} {preset}");

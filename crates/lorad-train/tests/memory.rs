@@ -136,7 +136,7 @@ impl Case {
             threads: std::thread::available_parallelism().map_or(1, Into::into),
         };
         for (batch, side, checkpointing) in [(8, 8, false), (4, 16, false), (4, 16, true), (16, 8, true)] {
-            unet.set_gradient_checkpointing(checkpointing);
+            unet.controls().set_checkpointing(checkpointing);
             let dropout = self.dropout.then(|| {
                 Arc::new(Dropout {
                     probability: 0.1,

@@ -1,11 +1,8 @@
 //! CLIPTextModel, frozen, with adapters beside its attention where the job trains it.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
-};
+use std::sync::Arc;
 
-use candle_core::{Device, Result, Tensor, Var, bail};
+use candle_core::{Device, Result, Tensor, bail};
 
 use super::{
     config::{ClipActivation, ClipConfig},
@@ -13,7 +10,7 @@ use super::{
 };
 use crate::{
     lora::AdapterSet,
-    nn::{AdaptableModule, AdapterSwitch, LayerNorm, Linear, Loading, LoraLinear, Params, dropout},
+    nn::{AdaptableModule, AdapterControls, LayerNorm, Linear, Loading, LoraLinear, Params, dropout},
     ops::{self, Activation},
 };
 
@@ -27,10 +24,7 @@ pub struct ClipTextModel {
     position_embedding: Tensor,
     layers: Vec<Arc<EncoderLayer>>,
     final_layer_norm: LayerNorm,
-    switch: AdapterSwitch,
-    /// Every tensor of every adapter.
-    adapters: Vec<Var>,
-    checkpointing: AtomicBool,
+    controls: AdapterControls,
 }
 
 impl ClipTextModel {
@@ -60,9 +54,7 @@ impl ClipTextModel {
                 .map(|i| EncoderLayer::load(&params.at(format_args!("encoder.layers.{i}")), config).map(Arc::new))
                 .collect::<Result<_>>()?,
             final_layer_norm: LayerNorm::load(&params.at("final_layer_norm"), width, config.layer_norm_eps)?,
-            switch: loading.switch(),
-            adapters: loading.adapter_vars(),
-            checkpointing: AtomicBool::new(false),
+            controls: AdapterControls::new(loading),
         })
     }
 
@@ -84,17 +76,19 @@ impl ClipTextModel {
             .index_select(&ids.flatten_all()?, 0)?
             .reshape((b, l, width))?;
         let x = tokens.broadcast_add(&self.position_embedding.narrow(0, 0, l)?)?;
-        if self.switch.is_on() && !self.adapters.is_empty() && x.device().is_cpu() {
+        if self.controls.are_enabled() && x.device().is_cpu() {
             // The tape runs on another thread.
             let dropout = dropout::current();
-            ops::on_tape(&self.adapters, || dropout::with_dropout(dropout, || self.encode(x)))
+            ops::on_tape(self.controls.adapters(), || {
+                dropout::with_dropout(dropout, || self.encode(x))
+            })
         } else {
             self.encode(x)
         }
     }
 
     fn encode(&self, mut x: Tensor) -> Result<Tensor> {
-        let recompute = self.checkpointing.load(Ordering::Relaxed);
+        let recompute = self.controls.checkpointing();
         for layer in &self.layers {
             let layer = Arc::clone(layer);
             // What is computed again for the backward must drop the same.
@@ -107,19 +101,9 @@ impl ClipTextModel {
         self.final_layer_norm.forward(&x)
     }
 
-    /// As [`super::unet::UNet2DConditionModel::set_gradient_checkpointing`].
-    pub fn set_gradient_checkpointing(&self, on: bool) {
-        self.checkpointing.store(on, Ordering::Relaxed);
-    }
-
-    /// As [`super::unet::UNet2DConditionModel::hold_constants`].
-    pub fn hold_constants(&self, hold: bool) {
-        self.switch.hold_constants(hold);
-    }
-
-    /// Whether the adapters take part in [`Self::forward`]. On at first.
-    pub fn set_adapters_enabled(&self, on: bool) {
-        self.switch.set(on);
+    /// What can be turned on and off.
+    pub fn controls(&self) -> &AdapterControls {
+        &self.controls
     }
 }
 

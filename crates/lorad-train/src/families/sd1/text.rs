@@ -19,6 +19,7 @@ use crate::{
     Result,
     data::{Key, TensorCache},
     lora::AdapterSet,
+    nn::AdapterControls,
     task::Reporter,
 };
 
@@ -91,25 +92,9 @@ impl Texts {
         }
     }
 
-    /// Whether the adapters of the encoder take part.
-    pub(super) fn set_adapters_enabled(&self, on: bool) {
-        if let Some(encoder) = &self.encoder {
-            encoder.model.set_adapters_enabled(on);
-        }
-    }
-
-    /// As [`super::unet::UNet2DConditionModel::hold_constants`].
-    pub(super) fn hold_constants(&self, hold: bool) {
-        if let Some(encoder) = &self.encoder {
-            encoder.model.hold_constants(hold);
-        }
-    }
-
-    /// Whether a training step computes the encoder's activations a second time.
-    pub(super) fn set_gradient_checkpointing(&self, on: bool) {
-        if let Some(encoder) = &self.encoder {
-            encoder.model.set_gradient_checkpointing(on);
-        }
+    /// What can be turned on and off in the encoder, if there is one.
+    pub(super) fn controls(&self) -> Option<&AdapterControls> {
+        self.encoder.as_ref().map(|encoder| encoder.model.controls())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    iter,
     path::Path,
     sync::Arc,
 };
@@ -33,7 +34,10 @@ use crate::{
     export::{self, BaseTraits, ExportJob},
     lora::AdapterSet,
     memory,
-    nn::dropout::{Dropout, with_dropout},
+    nn::{
+        AdapterControls,
+        dropout::{Dropout, with_dropout},
+    },
     rng::{Purpose, Stream},
     task::{BatchLoss, ExportContext, MicroBatch, PartLosses, Prompt, Reporter, Task},
     validation::{self, Validation},
@@ -230,8 +234,9 @@ impl Sd1Task {
                 "gradient checkpointing: activations are computed twice, not kept",
             );
         }
-        unet.set_gradient_checkpointing(checkpointing);
-        texts.set_gradient_checkpointing(checkpointing);
+        for controls in iter::once(unet.controls()).chain(texts.controls()) {
+            controls.set_checkpointing(checkpointing);
+        }
         Ok(Self {
             base,
             settings,
@@ -306,15 +311,16 @@ impl Sd1Task {
         })
     }
 
+    /// Of the models that have adapters.
+    fn controls(&self) -> impl Iterator<Item = &AdapterControls> {
+        iter::once(self.unet.controls()).chain(self.texts.controls())
+    }
+
     /// Runs `work` with the adapters or without them.
     fn with_adapters<T>(&self, on: bool, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        let switch = |on| {
-            self.unet.set_adapters_enabled(on);
-            self.texts.set_adapters_enabled(on);
-        };
-        switch(on);
+        self.controls().for_each(|controls| controls.set_enabled(on));
         let result = work();
-        switch(true);
+        self.controls().for_each(|controls| controls.set_enabled(true));
         result
     }
 
@@ -434,8 +440,7 @@ impl Task for Sd1Task {
     }
 
     fn hold_constants(&self, hold: bool) {
-        self.unet.hold_constants(hold);
-        self.texts.hold_constants(hold);
+        self.controls().for_each(|controls| controls.hold_constants(hold));
     }
 
     fn loss(&self, batch: &MicroBatch) -> Result<BatchLoss> {

@@ -5,9 +5,7 @@ mod blocks;
 mod time;
 mod transformer;
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use candle_core::{Device, Result, Tensor, Var, bail};
+use candle_core::{Device, Result, Tensor, bail};
 
 use self::{
     blocks::{DownBlock, MidBlock, Pass, UpBlock},
@@ -21,7 +19,7 @@ use super::{
 };
 use crate::{
     lora::AdapterSet,
-    nn::{AdaptableModule, AdapterSwitch, Conv2d, GroupNorm, Loading, TensorSource, dropout},
+    nn::{AdaptableModule, AdapterControls, Conv2d, GroupNorm, Loading, TensorSource, dropout},
     ops::{self, Conv2dPlus, ConvGeometry, WeightType},
 };
 
@@ -39,10 +37,7 @@ pub struct UNet2DConditionModel {
     conv_norm_out: GroupNorm,
     conv_out: Conv2d,
     downscale: usize,
-    switch: AdapterSwitch,
-    /// The tensors of every adapter.
-    adapters: Vec<Var>,
-    checkpointing: AtomicBool,
+    controls: AdapterControls,
 }
 
 impl UNet2DConditionModel {
@@ -179,9 +174,7 @@ impl UNet2DConditionModel {
             )?,
             conv_out: Conv2d::load(&params.at("conv_out"), channels[0], config.out_channels, same)?,
             downscale: config.downscale(),
-            switch: loading.switch(),
-            adapters: loading.adapter_vars(),
-            checkpointing: AtomicBool::new(false),
+            controls: AdapterControls::new(loading),
         })
     }
 
@@ -210,16 +203,16 @@ impl UNet2DConditionModel {
         let pass = Pass {
             time: &time,
             context: &context,
-            recompute: self.checkpointing.load(Ordering::Relaxed),
+            recompute: self.controls.checkpointing(),
         };
         // A tape knows the gradients of adapters and of the prompt, and its ops are those of the CPU.
-        let trains = self.switch.is_on() && !self.adapters.is_empty() || context.track_op();
+        let trains = self.controls.are_enabled() || context.track_op();
         let taped = trains && pixels.device().is_cpu() && !(pixels.track_op() || time.track_op());
         let out = if taped {
             // The tape runs on another thread.
             let dropout = dropout::current();
             let run = || dropout::with_dropout(dropout, || self.channels_last(&pixels, &pass));
-            ops::on_tape_from(&self.adapters, &[&context], run)?
+            ops::on_tape_from(self.controls.adapters(), &[&context], run)?
         } else {
             self.channels_last(&pixels, &pass)?
         };
@@ -242,20 +235,9 @@ impl UNet2DConditionModel {
             .forward(&self.conv_norm_out.forward_silu(&x)?, Conv2dPlus::default())
     }
 
-    /// Whether a training step computes each layer's activations a second time instead of keeping them: less memory, about
-    /// a third more arithmetic, the same bits. Off at first. Works on the CPU.
-    pub fn set_gradient_checkpointing(&self, on: bool) {
-        self.checkpointing.store(on, Ordering::Relaxed);
-    }
-
-    /// See [`AdapterSwitch::hold_constants`].
-    pub fn hold_constants(&self, hold: bool) {
-        self.switch.hold_constants(hold);
-    }
-
-    /// Whether the adapters take part in [`Self::forward`]. On at first.
-    pub fn set_adapters_enabled(&self, on: bool) {
-        self.switch.set(on);
+    /// What can be turned on and off.
+    pub fn controls(&self) -> &AdapterControls {
+        &self.controls
     }
 }
 
