@@ -512,6 +512,7 @@ impl<'m> Trace<'m> {
             flops: low * (2 * n + k * taps) as f64,
             bytes: (2 * taps * gathered) as f64,
             ops: (2 + taps) as f64,
+            weights: 0.0,
         };
         let kept = vec![Rc::clone(&x.block), scaled, packed];
         self.record(&y, parts, kept, temporary + gathered, work);
@@ -531,6 +532,7 @@ impl<'m> Trace<'m> {
             flops: 0.0,
             bytes: 4.0 * bytes,
             ops: 1.0,
+            weights: 0.0,
         };
         self.record(&y, parts, vec![Rc::clone(&z.block)], z.bytes() / 64, work);
         y
@@ -557,6 +559,7 @@ impl<'m> Trace<'m> {
                     bytes: 0.0,
                     // Of candle, on small tensors.
                     ops: 15.0,
+                    weights: (taps * k * n) as f64,
                 },
         );
     }
@@ -574,6 +577,7 @@ impl<'m> Trace<'m> {
                 flops: 0.0,
                 bytes,
                 ops: 1.0,
+                weights: 0.0,
             };
             self.record(&y, vec![Part::New(x.id, x.bytes())], vec![Rc::clone(&mask)], 0, work);
             y

@@ -132,7 +132,9 @@ fn with_server(program: &Path, scratch: &Path) -> Result<Served> {
     let (first, last) = times.first().zip(times.last()).context("the demo made no step")?;
     let at = |time: f64| {
         let later = readings.iter().find(|(t, _)| *t >= time);
-        later.map(|(_, spent)| *spent).context("no reading of the server's processor time")
+        later
+            .map(|(_, spent)| *spent)
+            .context("no reading of the server's processor time")
     };
     Ok(Served {
         server_ms: (at(*last)? - at(*first)?) / (times.len() - 1).max(1) as f64,
