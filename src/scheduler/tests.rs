@@ -331,7 +331,12 @@ async fn results_are_verified_published_and_the_job_succeeds() {
     assert_eq!(job.status, JobStatus::Succeeded, "{:?}", job.error);
     assert_eq!(job.summary["final_loss"], 0.5);
     assert_eq!(w.app.blobs.open(job.id, "receipt.json", None).await.unwrap().size, 2);
-    assert!(!launch.dir.join("results").exists(), "published files lie about twice");
+    // They go when the job's success is stored, which the look above may have seen first.
+    let start = std::time::Instant::now();
+    while launch.dir.join("results").exists() {
+        assert!(start.elapsed() < Duration::from_secs(60), "published files lie about twice");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     w.post().await;
     w.tick().await;
     assert_eq!(
