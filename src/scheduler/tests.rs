@@ -334,7 +334,10 @@ async fn results_are_verified_published_and_the_job_succeeds() {
     // They go when the job's success is stored, which the look above may have seen first.
     let start = std::time::Instant::now();
     while launch.dir.join("results").exists() {
-        assert!(start.elapsed() < Duration::from_secs(60), "published files lie about twice");
+        assert!(
+            start.elapsed() < Duration::from_secs(60),
+            "published files lie about twice"
+        );
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     w.post().await;

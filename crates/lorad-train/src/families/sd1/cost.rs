@@ -389,9 +389,8 @@ pub(super) fn estimate(base: &BaseFolder, unet: &UNetCost<'_>, job: &JobFacts) -
                 phase(kept_data + text_kept + vae_weights, encode.peak_bytes.max(largest)),
                 phase(
                     trained,
-                    (step.peak_bytes + trained_text.peak_bytes)
-                        .max(job.adapter.step_bytes())
-                        .max(largest),
+                    // The update's long vectors come after the activations but find no place in the blocks that those leave.
+                    (step.peak_bytes + trained_text.peak_bytes + job.adapter.step_bytes()).max(largest),
                 ),
                 phase(trained, sampling),
             ],
