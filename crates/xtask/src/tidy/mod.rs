@@ -2,7 +2,7 @@
 //!
 //! A [`Rule`] looks at a [`Tree`] (the repository's text files and its crates' dependencies) and names every violation.
 //! Each carries a planted violation; before a rule is believed, it must find that one, so that no rule can pass by
-//! looking at nothing. What the rules protect is told in `ARCHITECTURE.md`.
+//! looking at nothing. What the rules protect is told in `ARCHITECTURE.md`. [`supply`] runs cargo-deny beside them.
 
 mod code;
 mod graph;
@@ -32,8 +32,6 @@ pub(crate) struct Tree {
     binaries: BTreeSet<String>,
     /// Names of all crates that a build of a package links, by [`graph`] query.
     links: BTreeMap<&'static str, BTreeSet<String>>,
-    /// All crates of the lock file.
-    packages: Vec<supply::Package>,
 }
 
 impl Tree {
@@ -64,7 +62,6 @@ impl Tree {
             files,
             binaries,
             links: graph::read()?,
-            packages: supply::read()?,
         })
     }
 
@@ -123,22 +120,23 @@ impl fmt::Display for Outcome {
 }
 
 fn rules() -> impl Iterator<Item = &'static Rule> {
-    [
-        graph::RULES,
-        supply::RULES,
-        server::RULES,
-        trainer::RULES,
-        repository::RULES,
-    ]
-    .into_iter()
-    .flatten()
+    [graph::RULES, server::RULES, trainer::RULES, repository::RULES]
+        .into_iter()
+        .flatten()
 }
 
-/// Applies every rule.
+/// Applies every rule, cargo-deny's too.
 ///
 /// # Errors
 /// If the repository's files or the crates' dependencies cannot be listed.
 pub(crate) fn run(root: &Path) -> Result<Vec<Outcome>> {
+    let mut outcomes = look(root)?;
+    outcomes.push(supply::run(root));
+    Ok(outcomes)
+}
+
+/// Applies the rules that need nothing but the repository and cargo.
+fn look(root: &Path) -> Result<Vec<Outcome>> {
     let tree = Tree::read(root)?;
     Ok(rules().map(|rule| apply(rule, &tree)).collect())
 }
@@ -207,7 +205,7 @@ mod tests {
     #[test]
     fn the_repository_keeps_every_rule() {
         let root = exec::repository_root().expect("a repository");
-        let broken: Vec<_> = run(&root)
+        let broken: Vec<_> = look(&root)
             .expect("the rules run")
             .into_iter()
             .filter(|outcome| !outcome.violations.is_empty())

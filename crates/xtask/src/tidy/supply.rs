@@ -1,241 +1,265 @@
-//! Rules about what dependencies may be: licences, banned crates, sources. The lists stand in `deny.toml`, which cargo-deny
-//! reads too; building that tool takes longer than the whole check.
+//! The rule about what dependencies may be: cargo-deny by the lists of `deny.toml`, over every crate of this workspace with the
+//! features of the images that ship, on all targets. No advisories: their database is a repository to be cloned.
+//!
+//! Not a [`super::Rule`], which looks at a tree and runs nothing: cargo-deny is installed first ([`provision::cargo_deny`]). It
+//! carries planted violations all the same.
 
-use std::collections::BTreeMap;
+use std::{fs, path::Path, process::Command};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
-use super::{Rule, Tree};
-use crate::exec;
+use super::Outcome;
+use crate::provision;
 
-/// The lists of `deny.toml`, as far as they are checked here.
+const RULE: &str = "dependencies: permissive licences, nothing banned, from crates.io only";
+const WHY: &str = "each of the lists in deny.toml says why";
+
+/// What cargo-deny checks here.
+const CHECKS: [&str; 3] = ["licenses", "bans", "sources"];
+
+/// A line of cargo-deny's output.
 #[derive(Debug, Deserialize)]
-struct Deny {
-    licenses: Licenses,
-    bans: Bans,
-    sources: Sources,
+#[serde(tag = "type", content = "fields", rename_all = "lowercase")]
+enum Line {
+    Diagnostic(Diagnostic),
+    /// Counts by check.
+    Summary(std::collections::BTreeMap<String, Counts>),
+    Log {
+        message: String,
+    },
 }
 
 #[derive(Debug, Deserialize)]
-struct Licenses {
-    allow: Vec<String>,
-    exceptions: Vec<Exception>,
+struct Counts {
+    errors: u64,
 }
 
 #[derive(Debug, Deserialize)]
-struct Exception {
-    #[serde(rename = "crate")]
-    name: String,
-    allow: Vec<String>,
+struct Diagnostic {
+    #[serde(default)]
+    code: String,
+    severity: String,
+    message: String,
+    #[serde(default)]
+    labels: Vec<Label>,
+    #[serde(default)]
+    graphs: Vec<Graph>,
 }
 
 #[derive(Debug, Deserialize)]
-struct Bans {
-    deny: Vec<Ban>,
+struct Label {
+    message: String,
+    span: String,
+}
+
+/// A crate and, not read here, who depends on it.
+#[derive(Debug, Deserialize)]
+struct Graph {
+    #[serde(rename = "Krate")]
+    krate: Krate,
 }
 
 #[derive(Debug, Deserialize)]
-struct Ban {
-    #[serde(rename = "crate")]
-    name: String,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct Sources {
-    allow_registry: Vec<String>,
-}
-
-/// A crate of the lock file.
-#[derive(Debug, Clone, Deserialize)]
-pub(super) struct Package {
+struct Krate {
     name: String,
     version: String,
-    license: Option<String>,
-    /// `None`: part of this repository.
-    source: Option<String>,
 }
 
-#[derive(Deserialize)]
-struct Metadata {
-    packages: Vec<Package>,
+/// A violation: the kind that cargo-deny gives it, and what it says.
+#[derive(Debug, PartialEq, Eq)]
+struct Violation {
+    code: String,
+    text: String,
 }
 
-/// All crates that the builds that ship could use, on any target.
-pub(super) fn read() -> Result<Vec<Package>> {
-    let text = exec::output(&mut exec::cargo([
-        "metadata",
-        "--locked",
-        "--features",
-        "cuda",
-        "--format-version",
-        "1",
-    ]))?;
-    let metadata: Metadata = serde_json::from_str(&text).context("read cargo's metadata")?;
-    Ok(metadata.packages)
-}
-
-const LISTS: &str = "deny.toml";
-
-/// Applies a check to every crate. A missing list or graph is a violation, so that no failed query can pass.
-fn every(tree: &Tree, fault: impl Fn(&Deny, &Package) -> Option<String>) -> Vec<String> {
-    let Some(text) = tree.files.get(LISTS) else {
-        return vec![format!("{LISTS}: missing")];
-    };
-    let deny: Deny = match toml::from_str(text) {
-        Ok(deny) => deny,
-        Err(error) => return vec![format!("{LISTS}: {error}")],
-    };
-    if tree.packages.is_empty() {
-        return vec!["cargo metadata: nothing listed".to_owned()];
+impl From<Diagnostic> for Violation {
+    fn from(found: Diagnostic) -> Self {
+        let mut parts: Vec<String> = found
+            .graphs
+            .iter()
+            .map(|graph| format!("{} {}", graph.krate.name, graph.krate.version))
+            .collect();
+        parts.push(found.message);
+        parts.extend(
+            found
+                .labels
+                .iter()
+                .map(|label| format!("{} {}", label.span, label.message).trim().to_owned()),
+        );
+        Self {
+            code: found.code,
+            text: parts.join(": "),
+        }
     }
-    tree.packages
+}
+
+/// Reads what cargo-deny wrote to stderr.
+///
+/// # Errors
+/// If it did not come to its end (a list that it cannot read, a dependency graph that it did not get), or counted other errors
+/// than it told.
+fn read(output: &str) -> Result<Vec<Violation>> {
+    let (mut violations, mut counts, mut said) = (Vec::new(), None, Vec::new());
+    for line in output.lines() {
+        match serde_json::from_str(line) {
+            Ok(Line::Diagnostic(found)) if found.severity == "error" => violations.push(Violation::from(found)),
+            Ok(Line::Diagnostic(_)) => {}
+            Ok(Line::Summary(found)) => counts = Some(found),
+            Ok(Line::Log { message }) => said.push(message),
+            Err(_) => said.push(line.to_owned()),
+        }
+    }
+    let Some(counts) = counts else {
+        said.extend(violations.into_iter().map(|violation| violation.text));
+        bail!("cargo-deny did not come to its end: {}", said.join("; "));
+    };
+    let mut counted = 0;
+    for check in CHECKS {
+        let found = counts.get(check);
+        counted += found
+            .with_context(|| format!("cargo-deny did not check {check}"))?
+            .errors;
+    }
+    ensure!(
+        counted == u64::try_from(violations.len())?,
+        "cargo-deny counts {counted} violations and tells {}: {}",
+        violations.len(),
+        said.join("; ")
+    );
+    Ok(violations)
+}
+
+fn deny(program: &Path, root: &Path, lists: &Path) -> Result<Vec<Violation>> {
+    let output = Command::new(program)
+        .current_dir(root)
+        .args(["--locked", "--workspace", "--format", "json", "--config"])
+        .arg(lists)
+        .arg("check")
+        .args(CHECKS)
+        .output()
+        .with_context(|| format!("start {}", program.display()))?;
+    let violations = read(&String::from_utf8_lossy(&output.stderr))?;
+    ensure!(
+        output.status.success() == violations.is_empty(),
+        "cargo-deny found {} violations and ended with {}",
+        violations.len(),
+        output.status
+    );
+    Ok(violations)
+}
+
+/// The lists with a violation of each kind: a crate of this workspace is banned, a licence in use and the registry are struck out.
+fn planted(lists: &str) -> Result<String> {
+    let mut planted = lists.to_owned();
+    for (real, wrong) in [
+        ("{ crate = \"pyo3\" }", "{ crate = \"serde\" }"),
+        ("    \"BSD-3-Clause\",\n", ""),
+        (
+            "allow-registry = [\"https://github.com/rust-lang/crates.io-index\"]",
+            "allow-registry = []",
+        ),
+    ] {
+        ensure!(
+            planted.contains(real),
+            "deny.toml holds no {real:?} to plant a violation in"
+        );
+        planted = planted.replace(real, wrong);
+    }
+    Ok(planted)
+}
+
+/// What cargo-deny must say to [`planted`].
+const MUST_FIND: [(&str, &str); 3] = [
+    ("banned", "serde"),
+    ("rejected", "BSD-3-Clause"),
+    ("source-not-allowed", "crates.io-index"),
+];
+
+/// Those of [`MUST_FIND`] that are not among the violations.
+fn missed(violations: &[Violation]) -> Vec<String> {
+    MUST_FIND
         .iter()
-        .filter_map(|package| {
-            Some(format!(
-                "{} {}: {}",
-                package.name,
-                package.version,
-                fault(&deny, package)?
-            ))
+        .filter(|(code, part)| {
+            !violations
+                .iter()
+                .any(|found| found.code == *code && found.text.contains(part))
         })
+        .map(|(code, part)| format!("the rule does not find its own planted violation ({code}: {part})"))
         .collect()
 }
 
-/// Whether an SPDX expression can be met with allowed licences. `A/B` is how old manifests write `A OR B`.
-fn is_met(expression: &str, allowed: &dyn Fn(&str) -> bool) -> bool {
-    let text = expression.replace('(', " ( ").replace(')', " ) ").replace('/', " OR ");
-    let words: Vec<&str> = text.split_whitespace().collect();
-    let mut at = 0;
-    any_of(&words, &mut at, allowed) && at == words.len()
+fn check(root: &Path) -> Result<Vec<String>> {
+    let program = provision::cargo_deny(root)?;
+    let lists = root.join("deny.toml");
+    let text = fs::read_to_string(&lists).with_context(|| format!("read {}", lists.display()))?;
+    let dir = tempfile::tempdir().context("make a temporary folder")?;
+    let wrong = dir.path().join("deny.toml");
+    fs::write(&wrong, planted(&text)?).with_context(|| format!("write {}", wrong.display()))?;
+    let missed = missed(&deny(&program, root, &wrong)?);
+    if !missed.is_empty() {
+        return Ok(missed);
+    }
+    let violations = deny(&program, root, &lists)?;
+    Ok(violations
+        .into_iter()
+        .map(|violation| format!("{}: {}", violation.code, violation.text))
+        .collect())
 }
 
-fn any_of(words: &[&str], at: &mut usize, allowed: &dyn Fn(&str) -> bool) -> bool {
-    let mut met = all_of(words, at, allowed);
-    while words.get(*at) == Some(&"OR") {
-        *at += 1;
-        met |= all_of(words, at, allowed);
-    }
-    met
-}
-
-fn all_of(words: &[&str], at: &mut usize, allowed: &dyn Fn(&str) -> bool) -> bool {
-    let mut met = one(words, at, allowed);
-    while words.get(*at) == Some(&"AND") {
-        *at += 1;
-        met &= one(words, at, allowed);
-    }
-    met
-}
-
-fn one(words: &[&str], at: &mut usize, allowed: &dyn Fn(&str) -> bool) -> bool {
-    let Some(word) = words.get(*at) else { return false };
-    *at += 1;
-    if *word == "(" {
-        let met = any_of(words, at, allowed);
-        let is_closed = words.get(*at) == Some(&")");
-        *at += 1;
-        return met && is_closed;
-    }
-    match (words.get(*at), words.get(*at + 1)) {
-        (Some(&"WITH"), Some(exception)) => {
-            *at += 2;
-            allowed(&format!("{word} WITH {exception}"))
-        }
-        _ => allowed(word),
+/// The rule, with cargo-deny installed first. A check that cannot be made is a violation: nothing passes unseen.
+pub(super) fn run(root: &Path) -> Outcome {
+    Outcome {
+        rule: RULE,
+        why: WHY,
+        violations: check(root).unwrap_or_else(|error| vec![format!("{error:#}")]),
     }
 }
-
-fn licence_fault(deny: &Deny, package: &Package) -> Option<String> {
-    let Some(licence) = &package.license else {
-        return Some("names no licence".to_owned());
-    };
-    let exception = deny.licenses.exceptions.iter().find(|e| e.name == package.name);
-    let allowed = |name: &str| {
-        let mut also = exception.iter().flat_map(|e| &e.allow);
-        deny.licenses.allow.iter().any(|a| a == name) || also.any(|a| a == name)
-    };
-    (!is_met(licence, &allowed)).then(|| format!("licence {licence}"))
-}
-
-fn source_fault(deny: &Deny, package: &Package) -> Option<String> {
-    let source = package.source.as_ref()?;
-    let known = source
-        .strip_prefix("registry+")
-        .is_some_and(|registry| deny.sources.allow_registry.iter().any(|allowed| allowed == registry));
-    (!known).then(|| format!("comes from {source}"))
-}
-
-/// A tree with the real lists and one crate.
-fn planted(name: &str, licence: &str, source: &str) -> Tree {
-    let package = Package {
-        name: name.to_owned(),
-        version: "1.0.0".to_owned(),
-        license: Some(licence.to_owned()),
-        source: Some(source.to_owned()),
-    };
-    Tree {
-        files: BTreeMap::from([(LISTS.to_owned(), include_str!("../../../../deny.toml").to_owned())]),
-        packages: vec![package],
-        ..Tree::default()
-    }
-}
-
-const CRATES_IO: &str = "registry+https://github.com/rust-lang/crates.io-index";
-
-/// The rules.
-pub(super) const RULES: &[Rule] = &[
-    Rule {
-        name: "every dependency's licence is permissive",
-        why: "who ships the binary must owe a notice and nothing else",
-        check: |tree| every(tree, licence_fault),
-        planted: || planted("copyleft", "MIT AND GPL-3.0-only", CRATES_IO),
-    },
-    Rule {
-        name: "no banned crate",
-        why: "each is banned for a reason that stands in deny.toml",
-        check: |tree| {
-            every(tree, |deny, package| {
-                let banned = deny.bans.deny.iter().any(|ban| ban.name == package.name);
-                banned.then(|| "is banned".to_owned())
-            })
-        },
-        planted: || planted("openssl-sys", "MIT", CRATES_IO),
-    },
-    Rule {
-        name: "dependencies come from crates.io",
-        why: "a branch of a repository can change or vanish under a lock file",
-        check: |tree| every(tree, source_fault),
-        planted: || planted("fork", "MIT", "git+https://example.org/fork"),
-    },
-];
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
+    const SUMMARY: &str = r#"{"fields":{"bans":{"errors":1,"helps":0,"notes":0,"warnings":0},"licenses":{"errors":0,"helps":4,"notes":0,"warnings":0},"sources":{"errors":0,"helps":0,"notes":0,"warnings":0}},"type":"summary"}"#;
+    const BANNED: &str = r#"{"fields":{"code":"banned","graphs":[{"Krate":{"name":"serde","version":"1.0.229"},"parents":[]}],"labels":[{"column":16,"line":33,"message":"banned here","span":"serde"}],"message":"crate 'serde = 1.0.229' is explicitly banned","severity":"error"},"type":"diagnostic"}"#;
+    const HELP: &str = r#"{"fields":{"code":"accepted","labels":[],"message":"license requirements satisfied","severity":"help"},"type":"diagnostic"}"#;
+
     #[test]
-    fn licence_expressions_are_met_as_spdx_says() {
-        let allowed = |name: &str| ["MIT", "Apache-2.0", "Apache-2.0 WITH LLVM-exception"].contains(&name);
-        for met in [
-            "MIT",
-            "GPL-3.0-only OR MIT",
-            "MIT/Apache-2.0",
-            "(MIT OR GPL-2.0) AND Apache-2.0",
-            "Apache-2.0 WITH LLVM-exception OR GPL-2.0",
+    fn an_error_is_a_violation_with_its_crate_and_anything_milder_is_none() {
+        let found = read(&[BANNED, HELP, SUMMARY].join("\n")).unwrap();
+        let text = "serde 1.0.229: crate 'serde = 1.0.229' is explicitly banned: serde banned here";
+        assert_eq!(
+            found,
+            [Violation {
+                code: "banned".to_owned(),
+                text: text.to_owned()
+            }]
+        );
+        assert_eq!(missed(&found).len(), 2, "{found:?}");
+    }
+
+    #[test]
+    fn output_that_is_cut_off_incomplete_or_contradicts_itself_is_an_error() {
+        let log = r#"{"fields":{"level":"ERROR","message":"failed to deserialize config"},"type":"log"}"#;
+        let unchecked = SUMMARY.replace("\"licenses\"", "\"advisories\"");
+        for (output, part) in [
+            (String::new(), "did not come to its end"),
+            (log.to_owned(), "failed to deserialize config"),
+            (BANNED.to_owned(), "explicitly banned"),
+            (SUMMARY.to_owned(), "counts 1 violations and tells 0"),
+            ([BANNED, &unchecked].join("\n"), "did not check licenses"),
         ] {
-            assert!(is_met(met, &allowed), "{met}");
+            let error = read(&output).unwrap_err().to_string();
+            assert!(error.contains(part), "{part} is missing in {error}");
         }
-        for unmet in [
-            "GPL-3.0-only",
-            "MIT AND GPL-3.0-only",
-            "Apache-2.0 WITH Classpath-exception",
-            "(MIT",
-            "",
-            "MIT MIT",
-        ] {
-            assert!(!is_met(unmet, &allowed), "{unmet}");
-        }
+    }
+
+    #[test]
+    fn a_violation_can_be_planted_in_the_lists() {
+        let lists = include_str!("../../../../deny.toml");
+        let planted: toml::Table = planted(lists).unwrap().parse().unwrap();
+        assert_ne!(planted, lists.parse().unwrap());
+        assert!(super::planted("").is_err());
     }
 }
