@@ -173,6 +173,9 @@ impl AgentApi {
             }
         };
         self.app.events.stored(job, applied.job.last_seq);
+        if applied.acked_seq > stored.acked_seq && applied.job.status.is_final() {
+            self.app.traces.job(&applied.job);
+        }
         self.progress(key, &applied, events);
         if applied.publish || !applied.job.status.is_active() {
             self.app.wake.notify_one();

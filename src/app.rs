@@ -30,6 +30,7 @@ use crate::{
     events::Events,
     space::Ballast,
     store::{IdempotencyKey, Store, StoreError, StoredAnswer},
+    traces::Traces,
 };
 
 /// Makes the answer to an idempotent request from the job it created.
@@ -127,6 +128,8 @@ pub struct App {
     pub catalog: Arc<dyn Catalog>,
     /// Base models on their way from a hub.
     pub downloads: Downloads,
+    /// Where spans go.
+    pub traces: Traces,
     /// Wakes the scheduler.
     pub wake: Arc<Notify>,
     /// Cancelled when the server shuts down: streams end.
@@ -210,6 +213,9 @@ impl App {
     /// See [`Store::request_cancel`].
     pub async fn cancel_job(&self, id: JobId, mode: CancelMode) -> Result<Job, StoreError> {
         let job = self.with_ballast(|| self.store.request_cancel(id, mode)).await?;
+        if job.status.is_final() {
+            self.traces.job(&job);
+        }
         Ok(self.changed(job))
     }
 

@@ -45,6 +45,8 @@ pub struct Config {
     pub webhooks: Webhooks,
     /// Logging.
     pub log: Log,
+    /// Traces.
+    pub traces: Traces,
 }
 
 /// `[server]`
@@ -200,6 +202,18 @@ pub struct Log {
     pub filter: String,
     /// One JSON object per line.
     pub json: bool,
+}
+
+/// `[traces]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Traces {
+    /// Address of a collector; empty: what the environment says; `off`: none.
+    pub otlp_endpoint: String,
+}
+
+fn is_http_address(text: &str) -> bool {
+    reqwest::Url::parse(text).is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.has_host())
 }
 
 /// A list of numbers. One alone is a list of one: the environment's parser makes a number of `100`, not a list.
@@ -387,6 +401,12 @@ impl Config {
         if let Err(error) = self.log.filter.parse::<tracing_subscriber::EnvFilter>() {
             faults.push(format!("log.filter: {error}"));
         }
+        let endpoint = self.traces.otlp_endpoint.as_str();
+        if !matches!(endpoint, "" | "off") && !is_http_address(endpoint) {
+            faults.push(format!(
+                "traces.otlp_endpoint: {endpoint:?} is no address that begins with http:// or https://"
+            ));
+        }
         if faults.is_empty() {
             Ok(())
         } else {
@@ -467,11 +487,17 @@ mod tests {
         let flags = [
             ("scheduler.nice", "20".to_owned()),
             ("scheduler.devices", "gpu,gpu".to_owned()),
+            ("traces.otlp_endpoint", "localhost:4318".to_owned()),
         ];
         let text = Config::from_layers(None, HashMap::new(), &flags)
             .unwrap_err()
             .to_string();
-        for part in ["scheduler.nice = 20", "\"gpu\" is none of", "listed twice"] {
+        for part in [
+            "scheduler.nice = 20",
+            "\"gpu\" is none of",
+            "listed twice",
+            "\"localhost:4318\" is no address",
+        ] {
             assert!(text.contains(part), "{part} is missing in {text}");
         }
     }

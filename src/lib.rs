@@ -19,6 +19,7 @@
 //! - [`space`] · room on the disk, and the ballast file.
 //! - [`webhooks`] · outward calls.
 //! - [`secret`] and [`network`] · API keys as text, networks of addresses.
+//! - [`traces`] · spans of requests, attempts and jobs for a collector.
 //! - [`upkeep`] · checking and copying a whole data directory.
 //! - [`trainer`] · the only file that names the trainer.
 
@@ -43,6 +44,7 @@ pub mod serve;
 pub mod space;
 pub mod store;
 pub mod telemetry;
+pub mod traces;
 pub mod trainer;
 pub mod upkeep;
 pub mod webhooks;

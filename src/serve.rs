@@ -31,6 +31,7 @@ use crate::{
     scheduler::{self, Scheduler},
     space::Ballast,
     store::{Store, StoreError},
+    traces::{Traces, TracesError},
     trainer::TrainerCatalog,
     webhooks::Webhooks,
 };
@@ -95,6 +96,9 @@ pub enum ServeError {
     /// The bundled model cannot be used.
     #[error(transparent)]
     Builtin(#[from] BuiltinError),
+    /// The collector of traces cannot be used.
+    #[error(transparent)]
+    Traces(#[from] TracesError),
 }
 
 /// A running server. Dropping it leaves it running until its runtime ends; end it with [`ServerHandle::shutdown`].
@@ -134,6 +138,7 @@ impl ServerHandle {
             tracing::warn!(%error, "the workers' socket was not removed");
         }
         self.app.store.close().await;
+        self.app.traces.shutdown().await;
         tracing::info!("the server has ended; its workers train on");
     }
 }
@@ -143,6 +148,7 @@ impl ServerHandle {
 /// # Errors
 /// Everything that makes it useless: see [`ServeError`].
 pub async fn serve(config: Config) -> Result<ServerHandle, ServeError> {
+    let traces = Traces::start(&config.traces)?;
     let data = prepare_data_dir(&config.storage.data_dir)?;
     let lock = lock(&data)?;
     let store = Store::open(&data.database()).await?;
@@ -171,6 +177,7 @@ pub async fn serve(config: Config) -> Result<ServerHandle, ServeError> {
         events: Events::default(),
         catalog: Arc::new(TrainerCatalog),
         downloads: Downloads::default(),
+        traces,
         wake: Arc::new(Notify::new()),
         shutdown: CancellationToken::new(),
     };

@@ -26,6 +26,11 @@ macro_rules! time_sortable_id {
             pub fn new() -> Self {
                 Self(Uuid::now_v7())
             }
+
+            /// Its digits as bytes.
+            pub fn to_bytes(self) -> [u8; 16] {
+                self.0.into_bytes()
+            }
         }
 
         impl fmt::Display for $name {

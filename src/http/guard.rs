@@ -6,7 +6,7 @@ use std::{net::IpAddr, sync::Arc};
 
 use axum::{
     body::Body,
-    extract::{Request, State},
+    extract::{MatchedPath, Request, State},
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header},
     middleware::Next,
     response::{IntoResponse, Response},
@@ -14,6 +14,10 @@ use axum::{
 use uuid::Uuid;
 
 use super::error::{ApiError, Code, Unrendered};
+use crate::{
+    domain::JobId,
+    traces::{Answered, Traces},
+};
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
@@ -30,12 +34,15 @@ pub(super) const FILE_CSP: &str = "default-src 'none'; sandbox; frame-ancestors 
 #[derive(Debug, Clone)]
 pub(super) struct RequestId(pub(super) String);
 
-/// Outermost: gives the request an id, renders errors as problem+json, and sets the headers that every answer has.
-pub(super) async fn request_context(mut request: Request, next: Next) -> Response {
+/// Outermost: gives the request an id and a span, renders errors as problem+json, and sets the headers that every answer has.
+pub(super) async fn request_context(State(traces): State<Traces>, mut request: Request, next: Next) -> Response {
     let id = format!("req_{}", Uuid::now_v7().simple());
     let method = request.method().clone();
     let path = request.uri().path().to_owned();
     let started = std::time::Instant::now();
+    let span = traces
+        .request(request.headers())
+        .map(|span| (span, request.extensions().get::<MatchedPath>().cloned()));
     request.extensions_mut().insert(RequestId(id.clone()));
     let mut response = render(next.run(request).await, &id);
     tracing::debug!(
@@ -46,6 +53,17 @@ pub(super) async fn request_context(mut request: Request, next: Next) -> Respons
         duration_ms = started.elapsed().as_secs_f64() * 1e3,
         "answered"
     );
+    if let Some((span, route)) = span {
+        let answered = Answered {
+            request_id: &id,
+            method: method.as_str(),
+            path: &path,
+            route: route.as_ref().map(MatchedPath::as_str),
+            status: response.status().as_u16(),
+            job: job_of(&path, &response),
+        };
+        traces.answered(span, &answered);
+    }
     let headers = response.headers_mut();
     if let Ok(id) = HeaderValue::from_str(&id) {
         headers.insert(X_REQUEST_ID, id);
@@ -69,6 +87,14 @@ pub(super) async fn request_context(mut request: Request, next: Next) -> Respons
         .entry(header::CACHE_CONTROL)
         .or_insert(HeaderValue::from_static("no-cache"));
     response
+}
+
+/// The job that a request made, or else the one that its path names.
+fn job_of(path: &str, response: &Response) -> Option<JobId> {
+    let made = response.headers().get(header::LOCATION).and_then(|at| at.to_str().ok());
+    let named = || path.strip_prefix("/jobs/")?.split('/').next();
+    let made = made.and_then(|at| at.rsplit('/').next()?.parse().ok());
+    made.or_else(|| named()?.parse().ok())
 }
 
 /// Renders our own errors, and turns the framework's plain ones into the same form.

@@ -170,7 +170,10 @@ pub fn router(app: App) -> Router {
         .layer(middleware::from_fn_with_state(hosts, guard::host_allow_list))
         .layer(CatchPanicLayer::custom(guard::panicked))
         .layer(middleware::from_fn_with_state(Arc::clone(&figures), health::count))
-        .layer(middleware::from_fn(guard::request_context))
+        .layer(middleware::from_fn_with_state(
+            app.traces.clone(),
+            guard::request_context,
+        ))
         .layer(Extension(figures))
         .layer(Extension(access))
         .with_state(app)

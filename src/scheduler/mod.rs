@@ -200,6 +200,10 @@ impl Scheduler {
             .end_attempt(attempt.job_id, attempt.attempt, exit, &log_tail, limits)
             .await?;
         tracing::info!(job.id = %job.id, job.attempt = attempt.attempt, %exit, ?outcome, status = %job.status, "a worker ended");
+        self.app.traces.attempt(attempt, &job, exit, &outcome);
+        if matches!(outcome, Outcome::Fail(_) | Outcome::Cancel) {
+            self.app.traces.job(&job);
+        }
         self.executor.forget(key);
         self.api.heard.forget(key);
         self.ladders.remove(&key);

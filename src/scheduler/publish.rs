@@ -60,6 +60,7 @@ pub(super) async fn publish(app: &App, attempt: &Attempt) {
     match settled {
         Ok(job) => {
             tracing::info!(job.id = %job.id, status = %job.status, files = results.files.len(), "a job is complete");
+            app.traces.job(&job);
             clean_up(app, &job).await;
             app.changed(job);
         }

@@ -146,6 +146,7 @@ async fn world(devices: &[&str], change: impl FnOnce(&mut Config)) -> World {
         events: Events::default(),
         catalog: Arc::new(TrainerCatalog),
         downloads: Downloads::default(),
+        traces: crate::traces::Traces::default(),
         wake: Arc::new(Notify::new()),
         shutdown: CancellationToken::new(),
     };

@@ -1,6 +1,6 @@
 //! One integration binary: the real server on port 0 with a data directory of its own, driven from outside.
 //!
-//! [`access`], [`api`], [`audit`], [`estimates`], [`hub`], [`limits`], [`quotas`], [`safety`], [`sse`] and [`webhooks`] drive it over HTTP ([`client`]) with archives made in code ([`corpus`]); [`cli`] and
+//! [`access`], [`api`], [`audit`], [`estimates`], [`hub`], [`limits`], [`otlp`], [`quotas`], [`safety`], [`sse`] and [`webhooks`] drive it over HTTP ([`client`]) with archives made in code ([`corpus`]); [`cli`] and
 //! [`readme`] run the binary as a user does. [`jobs`], [`recovery`], [`chaos`] and [`upkeep`] test everything around the trainer ([`server`]) with
 //! a scripted one ([`scripted`]): real processes, sockets, signals and files, and steps of milliseconds.
 #![allow(
@@ -26,6 +26,7 @@ mod fuzz;
 mod hub;
 mod jobs;
 mod limits;
+mod otlp;
 mod quotas;
 mod readme;
 mod recovery;
