@@ -37,6 +37,11 @@ impl Draws {
         Self(seed)
     }
 
+    /// Others from the same seed, for what is done at the same time.
+    pub fn split(&mut self) -> Self {
+        Self(self.within(0..u64::MAX))
+    }
+
     pub fn within(&mut self, range: std::ops::Range<u64>) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -46,11 +51,14 @@ impl Draws {
     }
 }
 
+/// How often something is done: so often as the variable says, or as a quick run does it.
+pub fn times(variable: &str, quick: usize) -> usize {
+    let given = std::env::var(variable).ok();
+    given.and_then(|text| text.parse().ok()).unwrap_or(quick)
+}
+
 fn kills(quick: usize) -> usize {
-    std::env::var("LORAD_TEST_KILLS")
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .unwrap_or(quick)
+    times("LORAD_TEST_KILLS", quick)
 }
 
 /// What the job's own events say of its life: each change starts where the last one ended and is one that the state
@@ -241,7 +249,7 @@ async fn a_zombie_is_fenced_and_changes_nothing() {
         .build()
         .unwrap();
     let before = store.events_after(job.id, 0, 1000).await.unwrap();
-    let n_posts = 20;
+    let n_posts = times("LORAD_TEST_ZOMBIE_POSTS", 40) / 2;
     let mut fenced = 0;
     for n in 0..n_posts {
         let event = match n % 3 {
@@ -323,49 +331,158 @@ pub async fn tensors(server: &TestServer, job: JobId) -> (Value, Vec<u8>) {
     (header, bytes[8 + length..].to_vec())
 }
 
-/// The trainer itself, on the bundled base and data.
+/// How runs of the trainer itself compare.
+#[derive(Debug, Default)]
+struct Compared {
+    undisturbed: usize,
+    killed: usize,
+    kills: usize,
+    /// Of these, while a checkpoint was being written.
+    while_saving: usize,
+}
+
+/// Everything of a run that must not depend on whether it was disturbed: the published tensors, adapter and optimizer as they are
+/// in the last checkpoint, and the losses to the last bit.
+async fn outcome(server: &TestServer, job: JobId) -> (Value, Vec<Vec<u8>>, Vec<Option<u64>>) {
+    let done = server.ended(job).await;
+    assert_eq!(done.status, JobStatus::Succeeded, "{:?}", done.error);
+    let (header, published) = tensors(server, job).await;
+    assert!(published.iter().any(|byte| *byte != 0));
+    let last = server.store().checkpoints(job).await.unwrap().remove(0);
+    assert_eq!(last.step, done.step);
+    let saved =
+        ["adapter.safetensors", "optimizer.safetensors"].map(|name| std::fs::read(last.path.join(name)).unwrap());
+    let rows = server.store().metrics(job, 0, 1000).await.unwrap();
+    let losses = rows.iter().map(|row| row.loss.map(f64::to_bits)).collect();
+    (header, [vec![published], saved.to_vec()].concat(), losses)
+}
+
+/// Kills a worker as soon as it has begun to write a checkpoint. Whether it died in the middle of that.
+fn kill_while_saving(attempt_dir: &std::path::Path, pid: u32) -> bool {
+    let is_saving = || {
+        let mut entries = std::fs::read_dir(attempt_dir.join("checkpoints"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        entries.any(|entry| entry.file_name().to_string_lossy().starts_with(".tmp-"))
+    };
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    while !is_saving() {
+        if rustix::process::test_kill_process(pid).is_err() {
+            return false;
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    if rustix::process::kill_process(pid, rustix::process::Signal::KILL).is_err() {
+        return false;
+    }
+    while rustix::process::test_kill_process(pid).is_ok() {
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    is_saving()
+}
+
+/// Runs of one job with so many threads: some undisturbed, the others killed twice, at a moment that is drawn or while it saves.
+async fn compare(threads: &str, mut draws: Draws, n_undisturbed: usize, n_killed: usize) -> Compared {
+    const STEPS: u64 = 12;
+    let server = TestServer::with(&[
+        ("scheduler.worker_program", env!("CARGO_BIN_EXE_lorad")),
+        ("scheduler.threads", threads),
+        ("scheduler.max_failed_attempts", "1000"),
+        ("scheduler.retry_backoff_ms", "0"),
+    ])
+    .await;
+    let dataset = server.store().dataset_by_name("silhouettes").await.unwrap().unwrap();
+    let request = json!({
+        "name": "same", "base_model": "demo-icons", "dataset_id": dataset.id,
+        "hyperparameters": {"max_train_steps": STEPS, "batch_size": 1, "lora_rank": 2, "checkpoint_every_steps": 1,
+            "seed": draws.within(0..1 << 32)},
+    });
+    let client = reqwest::Client::new();
+    let post = async || -> JobId {
+        let posted = client.post(server.url("/jobs")).json(&request).send().await.unwrap();
+        let body: Value = posted.json().await.unwrap();
+        body["id"]
+            .as_str()
+            .unwrap_or_else(|| panic!("{body:#}"))
+            .parse()
+            .unwrap()
+    };
+    let mut compared = Compared::default();
+    let expected = outcome(&server, post().await).await;
+    compared.undisturbed += 1;
+    for _ in 1..n_undisturbed {
+        assert!(
+            outcome(&server, post().await).await == expected,
+            "{threads} threads: two undisturbed runs differ"
+        );
+        compared.undisturbed += 1;
+    }
+    for n in 0..n_killed {
+        let job = post().await;
+        let mut at = Vec::new();
+        for attempt in 1..=2_u32 {
+            // Early enough that it cannot end before the signal comes.
+            let step = draws.within(0..5) + u64::from(attempt - 1) * 4;
+            let reached = |job: &Job| job.attempt == attempt && job.status == JobStatus::Running && job.step >= step;
+            server.wait(job, "the step to die at", reached).await;
+            let worker = server.store().attempt(job, attempt).await.unwrap();
+            let (dir, pid) = (worker.dir, worker.pid.unwrap());
+            if (n + attempt as usize).is_multiple_of(2) {
+                let saving = tokio::task::spawn_blocking(move || kill_while_saving(&dir, pid))
+                    .await
+                    .unwrap();
+                compared.while_saving += usize::from(saving);
+                at.push(format!("{step} (saving: {saving})"));
+            } else {
+                tokio::time::sleep(Duration::from_micros(draws.within(0..25_000))).await;
+                kill_9(pid);
+                at.push(step.to_string());
+            }
+            compared.kills += 1;
+        }
+        let found = outcome(&server, job).await;
+        let kills = at.join(", ");
+        assert_eq!(
+            expected.0, found.0,
+            "{threads} threads, killed after {kills}: other tensors"
+        );
+        assert!(
+            expected.1 == found.1,
+            "{threads} threads, killed after {kills}: the bytes differ"
+        );
+        assert_eq!(expected.2, found.2, "{threads} threads, killed after {kills}");
+        assert_eq!(
+            server.store().job(job).await.unwrap().attempt,
+            3,
+            "killed after {kills}"
+        );
+        compared.killed += 1;
+    }
+    compared
+}
+
+/// The trainer itself, on the bundled base and data. `LORAD_TEST_RESUMES`: how many runs are killed.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_that_was_killed_twice_gives_the_bytes_of_one_that_was_not() {
-    let program = env!("CARGO_BIN_EXE_lorad");
-    let mut compared = 0;
-    for threads in ["1", "2"] {
-        let server = TestServer::with(&[("scheduler.worker_program", program), ("scheduler.threads", threads)]).await;
-        let dataset = server.store().dataset_by_name("silhouettes").await.unwrap().unwrap();
-        let request = json!({
-            "name": "same", "base_model": "demo-icons", "dataset_id": dataset.id,
-            "hyperparameters": {"max_train_steps": 24, "batch_size": 1, "lora_rank": 2, "checkpoint_every_steps": 3},
-        });
-        let client = reqwest::Client::new();
-        let post = async || -> JobId {
-            let posted = client.post(server.url("/jobs")).json(&request).send().await.unwrap();
-            posted.json::<Value>().await.unwrap()["id"]
-                .as_str()
-                .unwrap()
-                .parse()
-                .unwrap()
-        };
-        let undisturbed = post().await;
-        server.ended(undisturbed).await;
-        let killed = post().await;
-        for (attempt, step) in [(1, 4), (2, 10)] {
-            let reached = |job: &Job| job.attempt == attempt && job.status == JobStatus::Running && job.step >= step;
-            server.wait(killed, "the step to die at", reached).await;
-            kill_9(server.store().attempt(killed, attempt).await.unwrap().pid.unwrap());
-        }
-        let job = server.ended(killed).await;
-        assert_eq!((job.status, job.attempt), (JobStatus::Succeeded, 3), "{:?}", job.error);
-        let (expected, found) = (tensors(&server, undisturbed).await, tensors(&server, killed).await);
-        assert!(!expected.1.is_empty() && expected.1.iter().any(|byte| *byte != 0));
-        assert_eq!(expected.0, found.0, "{threads} threads: other tensors");
-        assert!(expected.1 == found.1, "{threads} threads: the adapter's bytes differ");
-        let losses = async |job| -> Vec<Option<u64>> {
-            let rows = server.store().metrics(job, 0, 100).await.unwrap();
-            rows.iter().map(|row| row.loss.map(f64::to_bits)).collect()
-        };
-        assert_eq!(losses(undisturbed).await, losses(killed).await);
-        compared += 1;
-    }
-    println!("byte-identical resume: {compared} of 2 runs equal after two kills each, with 1 and 2 threads");
+    let mut draws = Draws::new();
+    let n_killed = times("LORAD_TEST_RESUMES", 10);
+    // With 30 of them ten undisturbed ones for each number of threads, else three.
+    let n_undisturbed = (n_killed / 3).clamp(3, 10);
+    let (one, two) = tokio::join!(
+        compare("1", draws.split(), n_undisturbed, n_killed / 2),
+        compare("2", draws.split(), n_undisturbed, n_killed.div_ceil(2)),
+    );
+    let both = |of: fn(&Compared) -> usize| of(&one) + of(&two);
+    let while_saving = both(|compared| compared.while_saving);
+    assert!(while_saving > 0, "no worker died while it saved");
+    println!(
+        "byte-identical resume: {} of {n_killed} runs equal after {} kills, {while_saving} of them while a checkpoint was being written; \
+         {} undisturbed runs equal; 1 and 2 threads; adapter, optimizer and losses",
+        both(|compared| compared.killed),
+        both(|compared| compared.kills),
+        both(|compared| compared.undisturbed),
+    );
 }
 
 /// The real binary, as a service manager ends it: a job trains, a viewer watches.
