@@ -1,7 +1,7 @@
 //! One integration binary: the real server on port 0 with a data directory of its own, driven from outside.
 //!
 //! [`access`], [`api`], [`audit`], [`estimates`], [`hub`], [`limits`], [`otlp`], [`quotas`], [`safety`], [`sse`] and [`webhooks`] drive it over HTTP ([`client`]) with archives made in code ([`corpus`]); [`cli`] and
-//! [`readme`] run the binary as a user does; [`power`] cuts its power on a [`machine`] of its own. [`jobs`], [`recovery`], [`chaos`] and [`upkeep`] test everything around the trainer ([`server`]) with
+//! [`readme`] run the binary as a user does; [`power`] cuts its power on a [`machine`] of its own, and [`upgrade`] replaces it at work. [`jobs`], [`recovery`], [`chaos`] and [`upkeep`] test everything around the trainer ([`server`]) with
 //! a scripted one ([`scripted`]): real processes, sockets, signals and files, and steps of milliseconds.
 #![allow(
     clippy::unwrap_used,
@@ -37,6 +37,7 @@ mod scripted;
 mod server;
 mod soak;
 mod sse;
+mod upgrade;
 mod upkeep;
 mod viewers;
 mod webhooks;
