@@ -14,8 +14,13 @@ use super::{
 };
 use crate::domain::{Action, CancelMode, Change, EventKind, Exit, Job, NewJob};
 
-const SEQUENCES: u64 = 1000;
 const ACTS: u64 = 24;
+
+/// `LORAD_TEST_SEQUENCES`, or as many as a quick run plays.
+fn sequences() -> u64 {
+    let given = std::env::var("LORAD_TEST_SEQUENCES").ok();
+    given.and_then(|text| text.parse().ok()).unwrap_or(1000)
+}
 
 /// splitmix64
 struct Draws(u64);
@@ -175,7 +180,8 @@ async fn a_thousand_sequences_of_acts_leave_only_states_that_the_rules_allow() {
     println!("LORAD_TEST_SEED={seed}");
     let mut draws = Draws(seed);
     let (mut n_refused, mut n_changes, mut n_final) = (0, 0, 0);
-    for _ in 0..SEQUENCES {
+    let n_sequences = sequences();
+    for _ in 0..n_sequences {
         // No other sequence's job may be claimed in its place.
         f.clear_queue().await;
         let job = play(&f, &f.new_job("m", 0), &mut draws, &mut n_refused).await;
@@ -198,11 +204,11 @@ async fn a_thousand_sequences_of_acts_leave_only_states_that_the_rules_allow() {
         n_final += u64::from(job.status.is_final());
     }
     println!(
-        "state machine: {SEQUENCES} sequences of {ACTS} acts, {n_changes} legal changes, 0 illegal, {n_refused} acts \
+        "state machine: {n_sequences} sequences of {ACTS} acts, {n_changes} legal changes, 0 illegal, {n_refused} acts \
          refused, {n_final} jobs final"
     );
     assert!(
-        n_changes > 2 * SEQUENCES && n_final > SEQUENCES / 10,
+        n_changes > 2 * n_sequences && n_final > n_sequences / 10,
         "the acts are too tame"
     );
 }
