@@ -135,6 +135,7 @@ impl Traces {
 
     /// Ends a request's span.
     pub(crate) fn answered(&self, span: RequestSpan, answered: &Answered<'_>) {
+        let RequestSpan { client, started } = span;
         let is_known = METHODS.contains(&answered.method);
         let method = if is_known { answered.method } else { "_OTHER" };
         let name = if is_known { answered.method } else { "HTTP" };
@@ -157,13 +158,14 @@ impl Traces {
             _ => Status::Unset,
         };
         let ids = RandomIdGenerator::default();
-        let trace = match &span.client {
-            client if client.is_valid() => client.trace_id(),
-            _ => ids.new_trace_id(),
+        let trace = if client.is_valid() {
+            client.trace_id()
+        } else {
+            ids.new_trace_id()
         };
         self.send(SpanData {
-            span_context: sampled(trace, ids.new_span_id(), span.client.trace_state().clone()),
-            parent_span_id: span.client.span_id(),
+            span_context: sampled(trace, ids.new_span_id(), client.trace_state().clone()),
+            parent_span_id: client.span_id(),
             parent_span_is_remote: true,
             span_kind: SpanKind::Server,
             links,
@@ -172,7 +174,7 @@ impl Traces {
                     Some(route) => format!("{name} {route}"),
                     None => name.to_owned(),
                 },
-                (span.started, SystemTime::now()),
+                (started, SystemTime::now()),
                 attributes,
                 status,
             )
