@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use crate::{exec, provision, server::Server};
 
 /// Cases of the quick form.
-pub(crate) const QUICK_CASES: u64 = 400;
+pub(crate) const QUICK_CASES: u64 = 2000;
 /// Requests that each phase makes per operation in one round.
 const EXAMPLES_PER_ROUND: &str = "3";
 /// Where what a round may use lies: real ids, so that requests get past the lookup. `{id}` in paths.

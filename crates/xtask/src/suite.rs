@@ -1,8 +1,8 @@
 //! The test run: its parts in order, each provisioned, run and counted, whatever the parts before it did.
 
-use std::{fs, path::Path, process::ExitCode, time::Instant};
+use std::{fs, path::Path, process::ExitCode, thread, time::Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::ValueEnum;
 
 use crate::{
@@ -30,6 +30,8 @@ pub(crate) enum PartName {
     Bases,
     /// The dashboard in a real browser.
     Browser,
+    /// The soak for five minutes and each fuzzer for one, which `rust` runs for moments.
+    Endurance,
     /// Only the trainer's interoperability tests with real Python tools (part of `rust`).
     Interop,
     /// Type check of the CUDA build, without a CUDA toolkit.
@@ -47,6 +49,7 @@ impl PartName {
             Self::Api => "API against its description",
             Self::Bases => "base models of every kind",
             Self::Browser => "browser tests",
+            Self::Endurance => "soak and fuzzing, longer",
             Self::Interop => "interoperability with Python tools",
             Self::Cuda => "CUDA type check",
         }
@@ -82,6 +85,7 @@ impl PartName {
                 Err(error) => Tally::check(&format!("sd15 --tiny: {error:#}"), false),
             }),
             Self::Browser => browser(root),
+            Self::Endurance => endurance(),
             Self::Interop => rust(root, &["--workspace", "--test", "interop"]),
             Self::Cuda => cuda(root),
         }
@@ -158,6 +162,32 @@ fn rust(root: &Path, selection: &[&str]) -> Result<Tally> {
     command.args(selection).env("LORAD_ORACLE_PYTHON", python);
     let streamed = exec::stream(&mut command)?;
     Ok(report::cargo_test(&streamed.stdout).with_exit("cargo test", streamed.ok))
+}
+
+/// Seconds of the soak.
+const SOAK_S: u64 = 300;
+/// Seconds of each fuzzer; on two threads they take no longer than the soak.
+const FUZZ_S: u64 = 60;
+
+/// Soak and fuzzers side by side: a soak mostly waits.
+fn endurance() -> Result<Tally> {
+    let tests = |variable: &str, seconds: u64, args: &[&str]| {
+        let mut command = exec::cargo(["test", "--release", "--workspace", "--test", "it", "--", "--nocapture"]);
+        command.args(args).env(variable, seconds.to_string());
+        command
+    };
+    let mut soak = tests("LORAD_TEST_SOAK_S", SOAK_S, &["soak::"]);
+    let mut fuzz = tests("LORAD_TEST_FUZZ_S", FUZZ_S, &["fuzz::", "--test-threads=2"]);
+    let (soak, fuzz) = thread::scope(|scope| {
+        let soak = scope.spawn(|| exec::stream(&mut soak));
+        let fuzz = exec::stream(&mut fuzz);
+        (soak.join(), fuzz)
+    });
+    let soak = soak.map_err(|_| anyhow!("the soak's thread panicked"))??;
+    let fuzz = fuzz?;
+    let mut tally = report::cargo_test(&soak.stdout).with_exit("soak", soak.ok);
+    tally.add(report::cargo_test(&fuzz.stdout).with_exit("fuzz", fuzz.ok));
+    Ok(tally)
 }
 
 fn browser(root: &Path) -> Result<Tally> {
