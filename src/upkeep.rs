@@ -6,15 +6,17 @@
 use std::path::{Path, PathBuf};
 
 use futures_util::StreamExt as _;
+use lorad_proto::event::WorkerEvent;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
 use crate::{
+    agent::read_spool,
     app::DataDir,
     blobs::{BlobError, Blobs},
     checkpoint::verified_step,
     domain::{Artifact, JobId},
-    store::{Store, StoreError},
+    store::{Attempt, Store, StoreError},
 };
 
 /// Why a data directory could not be checked or copied.
@@ -112,10 +114,18 @@ pub async fn fsck(data: &DataDir) -> Result<Vec<Finding>, UpkeepError> {
     }
     for (job, checkpoints) in store.unfinished().await? {
         let total = checkpoints.len();
+        // A worker that outlives its server saves on, and deletes what it has saved before: then the newest ones are known
+        // from its spool alone, which the next server reads first.
+        let spooled = match store.attempt(job.id, job.attempt).await {
+            Ok(attempt) => spooled_checkpoints(&attempt),
+            Err(StoreError::NotFound { .. }) => Vec::new(),
+            Err(error) => return Err(error.into()),
+        };
         let any_whole = tokio::task::spawn_blocking(move || {
-            checkpoints
-                .iter()
-                .any(|c| verified_step(&c.path, Some(&c.sha256)) == Some(c.step))
+            let stored = checkpoints.into_iter().map(|c| (c.path, c.sha256, c.step));
+            stored
+                .chain(spooled)
+                .any(|(path, sha256, step)| verified_step(&path, Some(&sha256)) == Some(step))
         });
         if total > 0 && !any_whole.await.unwrap_or(false) {
             let detail = format!("none of its {total} checkpoints is whole: it would begin anew");
@@ -124,6 +134,18 @@ pub async fn fsck(data: &DataDir) -> Result<Vec<Finding>, UpkeepError> {
     }
     store.close().await;
     Ok(findings)
+}
+
+/// Folder, hash and step of the checkpoints that an attempt has announced and the database does not know yet.
+fn spooled_checkpoints(attempt: &Attempt) -> Vec<(PathBuf, String, u64)> {
+    let events = read_spool(&attempt.dir, attempt.acked_seq).unwrap_or_default();
+    let checkpoints = events.into_iter().filter_map(|envelope| match envelope.event {
+        WorkerEvent::Checkpoint { step, dir, sha256, .. } => {
+            Some((attempt.dir.join("checkpoints").join(dir), sha256, step))
+        }
+        _ => None,
+    });
+    checkpoints.collect()
 }
 
 async fn fault_of(blobs: &Blobs, artifact: &Artifact) -> Option<(&'static str, String)> {

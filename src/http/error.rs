@@ -84,6 +84,7 @@ codes! {
     TooManyStreams = "streams.too_many", SERVICE_UNAVAILABLE, "Too many event streams are open", "Close some, then try again.";
     QueueFull = "queue.full", TOO_MANY_REQUESTS, "The queue is full", "Wait until jobs have finished, or cancel some.";
     NotReady = "server.not_ready", SERVICE_UNAVAILABLE, "The server is not ready", "";
+    Busy = "server.busy", SERVICE_UNAVAILABLE, "The server has more to do than it can", "Wait as `Retry-After` says, then try again.";
     ShuttingDown = "server.shutting_down", SERVICE_UNAVAILABLE, "The server is shutting down", "Try again in a moment.";
     Internal = "internal", INTERNAL_SERVER_ERROR, "The server hit an unexpected error", "The server's log has the details under the request id.";
 }
@@ -306,6 +307,9 @@ impl From<StoreError> for ApiError {
             )
             .with_extra("allowed", status.actions())
             .with_extra("status", status),
+            error if error.is_busy() => {
+                Self::new(Code::Busy, "The database was not free for half a minute.").with_retry_after(10)
+            }
             error if error.is_disk_full() => {
                 let mut answer = Self::new(Code::StorageFull, "The database could not grow.");
                 answer.0.source = Some(Box::new(error));
@@ -403,5 +407,19 @@ mod tests {
             assert!(seen.insert(code.as_str()), "{} stands twice", code.as_str());
             assert!(!code.title().is_empty() && code.status().as_u16() >= 400);
         }
+    }
+
+    #[test]
+    fn a_database_that_is_not_free_is_no_fault_of_the_server() {
+        let error = ApiError::from(StoreError::Query {
+            act: "read",
+            source: sqlx::Error::PoolTimedOut,
+        });
+        assert_eq!((error.0.code, error.0.retry_after_s), (Code::Busy, Some(10)));
+        let error = ApiError::from(StoreError::Query {
+            act: "read",
+            source: sqlx::Error::WorkerCrashed,
+        });
+        assert_eq!(error.0.code, Code::Internal);
     }
 }

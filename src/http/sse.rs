@@ -220,6 +220,9 @@ impl Feed {
                     return Some(event("progress", &self.with_job(data)));
                 }
                 Ok(News::Progress(_)) => {}
+                // It has waited half a minute for the database and waits on: nothing is lost, and a viewer that comes again would only
+                // wait at the end of the line.
+                Err(error) if error.is_busy() => {}
                 Err(error) => {
                     tracing::error!(job.id = %self.job.id, error = &error as &dyn std::error::Error, "an event stream ends");
                     return Some(self.bye("error"));

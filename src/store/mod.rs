@@ -166,6 +166,17 @@ pub enum StoreError {
 pub type Result<T, E = StoreError> = std::result::Result<T, E>;
 
 impl StoreError {
+    /// Whether every connection was taken for as long as one waits for it: nothing is wrong but that there is too much to do.
+    pub fn is_busy(&self) -> bool {
+        matches!(
+            self,
+            Self::Query {
+                source: sqlx::Error::PoolTimedOut,
+                ..
+            }
+        )
+    }
+
     /// Whether the disk has no room: what was tried has not happened, and is worth another try when there is.
     pub fn is_disk_full(&self) -> bool {
         /// `SQLITE_FULL`, and `SQLITE_IOERR_SHMSIZE`: no room for the index of the write-ahead log.

@@ -178,7 +178,7 @@ async fn a_job_that_needs_more_memory_than_a_worker_may_have_is_refused_with_fig
     let before = client.everything().await;
     let mut with_archive = job.clone();
     with_archive.as_object_mut().unwrap().remove("dataset_id");
-    let (status, problem) = client.submit_form(&with_archive.to_string(), zip(&pictures(4))).await;
+    let (status, problem) = client.submit_form(&with_archive.to_string(), zip(&pictures(64))).await;
     assert_eq!(
         (status, &problem["code"]),
         (422, &json!("memory.too_small")),

@@ -85,6 +85,8 @@ impl Running {
             .env("LORAD_SCHEDULER__HEARTBEAT_MS", "200")
             .env("LORAD_SCHEDULER__TICK_MS", "100")
             .env("LORAD_SCHEDULER__THREADS", "1")
+            // It asks without a pause.
+            .env("LORAD_LIMITS__REQUESTS_PER_MINUTE", "0")
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()

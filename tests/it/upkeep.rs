@@ -5,8 +5,13 @@ use std::{
     process::{Command, Output},
 };
 
-use lorad::domain::{EventKind, JobStatus};
+use lorad::{
+    domain::{EventKind, JobStatus, now_ms},
+    store::Attempt,
+};
+use lorad_proto::event::{Envelope, WorkerEvent};
 use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
 
 use crate::{
     scripted::let_go,
@@ -68,7 +73,35 @@ async fn fsck_names_what_is_missing_damaged_or_out_of_reach() {
     }
     let (codes, _) = fsck(&data.root());
     assert_eq!(codes, ["dataset.missing", "checkpoint.damaged"]);
+    // A newer one that only the worker's spool tells of is enough: the next server reads that first.
+    let attempt = server.store().attempt(paused.id, 1).await.unwrap();
+    announce_checkpoint(&attempt, 99);
+    assert_eq!(fsck(&data.root()).0, ["dataset.missing"]);
     assert_eq!(lorad(&["fsck"], &data.root().join("nothing")).status.code(), Some(1));
+}
+
+/// As a worker does that trains on while no server runs.
+fn announce_checkpoint(attempt: &Attempt, step: u64) {
+    let dir = attempt.dir.join("checkpoints/announced");
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::write(dir.join("state.json"), b"{}").unwrap();
+    let hash = |bytes: &[u8]| hex::encode(Sha256::digest(bytes));
+    let entry = json!({"bytes": 2, "sha256": hash(b"{}")});
+    let manifest = json!({"version": 1, "step": step, "files": {"state.json": entry}}).to_string();
+    std::fs::write(dir.join("manifest.json"), &manifest).unwrap();
+    let event = WorkerEvent::Checkpoint {
+        step,
+        dir: "announced".to_owned(),
+        bytes: 2,
+        sha256: hash(manifest.as_bytes()),
+    };
+    let (seq, t_ms) = (attempt.acked_seq + 1, now_ms());
+    let mut line = serde_json::to_vec(&Envelope { seq, t_ms, event }).unwrap();
+    line.push(b'\n');
+    let spool = std::fs::File::options()
+        .append(true)
+        .open(attempt.dir.join("events.jsonl"));
+    std::io::Write::write_all(&mut spool.unwrap(), &line).unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
