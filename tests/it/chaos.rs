@@ -384,10 +384,12 @@ fn kill_while_saving(attempt_dir: &std::path::Path, pid: u32) -> bool {
 
 /// Runs of one job with so many threads: some undisturbed, the others killed twice, at a moment that is drawn or while it saves.
 async fn compare(threads: &str, mut draws: Draws, n_undisturbed: usize, n_killed: usize) -> Compared {
-    const STEPS: u64 = 12;
+    // Many more than a worker makes between two posts, by which it is seen where it is.
+    const STEPS: u64 = 40;
     let server = TestServer::with(&[
         ("scheduler.worker_program", env!("CARGO_BIN_EXE_lorad")),
         ("scheduler.threads", threads),
+        ("scheduler.heartbeat_ms", "100"),
         ("scheduler.max_failed_attempts", "1000"),
         ("scheduler.retry_backoff_ms", "0"),
     ])
