@@ -85,7 +85,9 @@ fn attribute(span: &Span, key: &str) -> String {
 }
 
 fn status(span: &Span) -> StatusCode {
-    span.status.as_ref().map_or(StatusCode::Unset, |status| status.code())
+    span.status
+        .as_ref()
+        .map_or(StatusCode::Unset, opentelemetry_proto::tonic::trace::v1::Status::code)
 }
 
 /// The trace of a job: its id's digits.

@@ -80,7 +80,7 @@ impl<'a> Pass<'a> {
         };
         let mut x = t.conv(latents, channels[0], 3, 1, None);
         let mut skips = vec![x.clone()];
-        for level in 0..=last {
+        for (level, &c) in channels.iter().enumerate() {
             let block = format!("down_blocks.{level}");
             for j in 0..config.layers_per_block[level] {
                 let place = place(block.clone(), j, level, config.down_blocks[level]);
@@ -89,13 +89,7 @@ impl<'a> Pass<'a> {
             }
             if level < last {
                 let sampler = self.beside(&format!("{block}.downsamplers.0.conv"));
-                x = t.adapted(
-                    Layer::Conv2d { kernel: 3, stride: 2 },
-                    &x,
-                    channels[level],
-                    sampler,
-                    None,
-                );
+                x = t.adapted(Layer::Conv2d { kernel: 3, stride: 2 }, &x, c, sampler, None);
                 skips.push(x.clone());
             }
         }
