@@ -20,7 +20,7 @@ use crate::{
 
 /// What a process has resident besides: program, runtime, tokenizer, and what the allocator takes at least and keeps of what the
 /// preparation has freed.
-const PROCESS_BYTES: u64 = 108 << 20;
+const PROCESS_BYTES: u64 = 124 << 20;
 /// Resident memory in units of what passes alive: blocks that the allocator holds for the next step, and gaps. What is
 /// allocated once, as weights are, has none.
 const RETENTION: f64 = 1.25;

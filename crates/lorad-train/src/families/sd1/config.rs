@@ -173,8 +173,8 @@ impl UNetConfig {
             out_channels: r.size("out_channels", Some(4)),
             down_blocks: r.block_kinds("down_block_types", "DownBlock2D", "CrossAttnDownBlock2D", levels),
             up_blocks: r.block_kinds("up_block_types", "UpBlock2D", "CrossAttnUpBlock2D", levels),
-            layers_per_block: r.size_or_list("layers_per_block", levels, Some(2)),
-            transformer_layers_per_block: r.size_or_list("transformer_layers_per_block", levels, Some(1)),
+            layers_per_block: r.layers("layers_per_block", levels, 2),
+            transformer_layers_per_block: r.layers("transformer_layers_per_block", levels, 1),
             cross_attention_dim: r.cross_attention_dim(),
             use_linear_projection: r.flag("use_linear_projection", false),
             norm_num_groups: r.size("norm_num_groups", Some(32)),
@@ -223,7 +223,7 @@ impl ClipConfig {
             vocab_size: r.size("vocab_size", Some(49408)),
             hidden_size: r.size("hidden_size", Some(512)),
             intermediate_size: r.size("intermediate_size", Some(2048)),
-            num_hidden_layers: r.size("num_hidden_layers", Some(12)),
+            num_hidden_layers: r.layers("num_hidden_layers", 1, 12)[0],
             num_attention_heads: r.size("num_attention_heads", Some(8)),
             max_position_embeddings: r.size("max_position_embeddings", Some(77)),
             layer_norm_eps: r.number("layer_norm_eps", Some(1e-5)),
@@ -263,7 +263,7 @@ impl VaeConfig {
             in_channels: r.size("in_channels", Some(3)),
             out_channels: r.size("out_channels", Some(3)),
             latent_channels: r.size("latent_channels", Some(4)),
-            layers_per_block: r.size("layers_per_block", Some(1)),
+            layers_per_block: r.layers("layers_per_block", 1, 1)[0],
             norm_num_groups: r.size("norm_num_groups", Some(32)),
             scaling_factor: r.number("scaling_factor", Some(0.18215)),
             mid_block_add_attention: r.flag("mid_block_add_attention", true),
@@ -288,6 +288,8 @@ impl VaeConfig {
 const MAX_SIZE: u64 = 1 << 20;
 /// Longest believable per-level list (levels halve the resolution each).
 const MAX_LEVELS: usize = 12;
+/// Layers of a block, more than any model has.
+const MAX_LAYERS: usize = 256;
 
 /// One JSON object being read; faults pile up in `errors`.
 pub(super) struct Reader {
@@ -436,6 +438,22 @@ impl Reader {
                 vec![1]
             }
         }
+    }
+
+    /// Numbers of layers, as [`Self::size_or_list`]: each layer has names of its own, so a large number alone would keep a reader
+    /// busy for minutes.
+    fn layers(&mut self, key: &str, levels: usize, default: usize) -> Vec<usize> {
+        let list = self.size_or_list(key, levels, Some(default));
+        if list.iter().all(|n| *n <= MAX_LAYERS) {
+            return list;
+        }
+        let found = self.map[key].clone();
+        self.fault(
+            key,
+            "out_of_range",
+            format!("{key} is {found}; at most {MAX_LAYERS} layers are supported"),
+        );
+        vec![1; list.len().max(1)]
     }
 
     /// One number for all levels, or a list with one per level.
@@ -616,6 +634,20 @@ mod tests {
             "/layers_per_block",
         ] {
             assert!(pointers.contains(&pointer), "{pointer} is not among {pointers:?}");
+        }
+    }
+
+    #[test]
+    fn a_number_of_layers_that_no_model_has_is_refused_before_they_are_counted() {
+        for layers in [serde_json::json!(32_767), serde_json::json!([2, 257, 2])] {
+            let problem = read_unet(|m| {
+                m.insert("layers_per_block".into(), layers.clone());
+                m.insert("transformer_layers_per_block".into(), 1000.into());
+            })
+            .unwrap_err();
+            let pointers: Vec<_> = problem.errors.iter().map(|e| e.pointer.as_str()).collect();
+            assert_eq!(pointers, ["/layers_per_block", "/transformer_layers_per_block"]);
+            assert!(problem.errors[0].detail.contains("at most 256"), "{problem:?}");
         }
     }
 
