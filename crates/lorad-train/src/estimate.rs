@@ -15,7 +15,7 @@ use candle_core::{Device, Tensor, Var};
 
 use crate::{
     ops::{self, Conv2dPlus, ConvGeometry, FrozenConv2d, FrozenLinear},
-    shadow::{Trace, Work},
+    shadow::{PANEL, Trace, Work},
 };
 
 /// What a process has resident besides: program, runtime, tokenizer, and what the allocator takes at least and keeps of what the
@@ -24,8 +24,6 @@ const PROCESS_BYTES: u64 = 124 << 20;
 /// Resident memory in units of what passes alive: blocks that the allocator holds for the next step, and gaps. What is
 /// allocated once, as weights are, has none.
 const RETENTION: f64 = 1.25;
-/// Columns of a panel of packed weights; see `ops/packed.rs`.
-const PANEL: usize = 16;
 /// Flat vectors of all adapter values that are alive at once while the optimizer updates them.
 const UPDATE_VECTORS: u64 = 6;
 /// Time that the calibration may take, in five parts.
@@ -107,7 +105,7 @@ impl AdapterCost {
 
 /// Bytes of a packed matrix.
 pub fn packed_bytes(depth: usize, width: usize, bytes_per_value: u64) -> u64 {
-    (depth * width.next_multiple_of(PANEL)) as u64 * bytes_per_value
+    (depth * width.next_multiple_of(PANEL as usize)) as u64 * bytes_per_value
 }
 
 /// How fast this machine is now.

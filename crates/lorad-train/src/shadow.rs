@@ -19,7 +19,7 @@ const QUERY_ROWS: u64 = 256;
 /// Bytes of each of three buffers that a Winograd convolution holds at once; see `ops/winograd.rs`.
 const WINOGRAD_BYTES: u64 = 12 << 20;
 /// Columns of a panel of packed weights; see `ops/packed.rs`.
-const PANEL: u64 = 16;
+pub(crate) const PANEL: u64 = 16;
 
 /// What has to be done, whatever the machine.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -32,6 +32,17 @@ pub struct Work {
     pub weights: f64,
     /// Operations: each costs something, however small it is.
     pub ops: f64,
+}
+
+impl Work {
+    /// One operation that is nothing but a pass over memory.
+    fn pass(bytes: f64) -> Self {
+        Self {
+            bytes,
+            ops: 1.0,
+            ..Self::default()
+        }
+    }
 }
 
 impl Add for Work {
@@ -245,8 +256,12 @@ impl<'m> Trace<'m> {
             weights,
             ops: 1.0,
         };
-        self.meter.work.set(self.meter.work.get() + work);
+        self.count(work);
         work
+    }
+
+    fn count(&self, work: Work) {
+        self.meter.work.set(self.meter.work.get() + work);
     }
 
     fn next_id(&self) -> u64 {
@@ -311,7 +326,7 @@ impl<'m> Trace<'m> {
                 }
                 continue;
             }
-            self.meter.work.set(self.meter.work.get() + node.work);
+            self.count(node.work);
             let temporary = self.allocate(node.temporary);
             let parts: Vec<_> = node
                 .parts
@@ -379,12 +394,7 @@ impl<'m> Trace<'m> {
         let y = self.value(x.batch, x.side, x.channels, x.tracked);
         let bytes = x.bytes() as f64;
         self.spend(0.0, 4.0 * bytes);
-        let work = Work {
-            flops: 0.0,
-            bytes: 6.0 * bytes,
-            ops: 1.0,
-            weights: 0.0,
-        };
+        let work = Work::pass(6.0 * bytes);
         self.record(&y, vec![Part::New(x.id, x.bytes())], vec![Rc::clone(&x.block)], 0, work);
         y
     }
@@ -528,12 +538,7 @@ impl<'m> Trace<'m> {
             Part::New(z.id, z.bytes()),
             Part::New(self.next_id(), VALUE * z.channels),
         ];
-        let work = Work {
-            flops: 0.0,
-            bytes: 4.0 * bytes,
-            ops: 1.0,
-            weights: 0.0,
-        };
+        let work = Work::pass(4.0 * bytes);
         self.record(&y, parts, vec![Rc::clone(&z.block)], z.bytes() / 64, work);
         y
     }
@@ -552,16 +557,13 @@ impl<'m> Trace<'m> {
         };
         drop(self.allocate(VALUE * rank * (side * side * k + places * n)));
         let flops = 2 * rank * (places * taps * k * n + rank * (taps * k + n));
-        self.meter.work.set(
-            self.meter.work.get()
-                + Work {
-                    flops: flops as f64,
-                    bytes: 0.0,
-                    // Of candle, on small tensors.
-                    ops: 15.0,
-                    weights: (taps * k * n) as f64,
-                },
-        );
+        self.count(Work {
+            flops: flops as f64,
+            bytes: 0.0,
+            // Of candle, on small tensors.
+            ops: 15.0,
+            weights: (taps * k * n) as f64,
+        });
     }
 
     /// An input in two parts (`nn::dropout`): the mask, of a byte per value, is kept where the input is tracked.
@@ -573,12 +575,7 @@ impl<'m> Trace<'m> {
             let y = self.value(x.batch, x.side, x.channels, x.tracked);
             let bytes = 2.25 * x.bytes() as f64;
             self.spend(0.0, bytes);
-            let work = Work {
-                flops: 0.0,
-                bytes,
-                ops: 1.0,
-                weights: 0.0,
-            };
+            let work = Work::pass(bytes);
             self.record(&y, vec![Part::New(x.id, x.bytes())], vec![Rc::clone(&mask)], 0, work);
             y
         })
@@ -637,12 +634,7 @@ impl<'m> Trace<'m> {
         let y = self.value(x.batch, x.side, n, x.tracked);
         let bytes = (x.bytes() + y.bytes()) as f64;
         self.spend(0.0, 2.0 * bytes);
-        let work = Work {
-            flops: 0.0,
-            bytes: 3.0 * bytes,
-            ops: 1.0,
-            weights: 0.0,
-        };
+        let work = Work::pass(3.0 * bytes);
         self.record(&y, vec![Part::New(x.id, x.bytes())], vec![Rc::clone(&x.block)], 0, work);
         y
     }
@@ -662,12 +654,7 @@ impl<'m> Trace<'m> {
         let bytes = 2.0 * y.bytes() as f64;
         self.spend(0.0, bytes);
         let parts = [a, b].into_iter().filter(|x| x.tracked);
-        let work = Work {
-            flops: 0.0,
-            bytes,
-            ops: 1.0,
-            weights: 0.0,
-        };
+        let work = Work::pass(bytes);
         self.record(
             &y,
             parts.map(|x| Part::New(x.id, x.bytes())).collect(),
@@ -683,12 +670,7 @@ impl<'m> Trace<'m> {
         let y = self.value(x.batch, (2 * x.side.0, 2 * x.side.1), x.channels, x.tracked);
         let bytes = (x.bytes() + y.bytes()) as f64;
         self.spend(0.0, bytes);
-        let work = Work {
-            flops: 0.0,
-            bytes,
-            ops: 1.0,
-            weights: 0.0,
-        };
+        let work = Work::pass(bytes);
         self.record(&y, vec![Part::New(x.id, x.bytes())], Vec::new(), 0, work);
         y
     }

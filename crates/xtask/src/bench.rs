@@ -133,11 +133,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 fn lorad(root: &Path, shape: &str, steps: &str, way: &[&str]) -> Result<Figures> {
     let mut command = Command::new(exec::target_dir(root).join("release/examples/bench_step"));
-    // As the server starts its workers.
-    command
-        .args([shape, steps])
-        .args(way)
-        .env("MIMALLOC_PURGE_DELAY", "60000");
+    command.args([shape, steps]).args(way).envs([exec::AS_A_WORKER]);
     figures(&mut command)
 }
 

@@ -13,13 +13,7 @@ use crate::exec;
 /// # Errors
 /// If the binary cannot be built or run, or a page is out of date.
 pub(crate) fn run(root: &Path, check: bool) -> Result<()> {
-    exec::must(&mut exec::cargo([
-        "build",
-        "--release",
-        "--quiet",
-        "--workspace",
-        "--all-targets",
-    ]))?;
+    exec::build_all()?;
     let lorad = exec::target_dir(root).join("release/lorad");
     let families: Value = serde_json::from_str(&exec::output(Command::new(&lorad).args(["families", "--json"]))?)
         .context("read the list of families")?;

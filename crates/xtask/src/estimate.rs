@@ -71,8 +71,7 @@ fn table(root: &Path, work: &Path, steps: u32) -> Result<()> {
                 .arg(work)
                 .args(settings.iter().flat_map(|setting| ["--set", *setting]))
                 .args(more)
-                // As the server starts its workers.
-                .env("MIMALLOC_PURGE_DELAY", "60000")
+                .envs([exec::AS_A_WORKER])
                 .env("LORAD_STORAGE__DATA_DIR", work.join("data"));
             let output = command.output().context("start lorad")?;
             ensure!(

@@ -41,6 +41,24 @@ pub(crate) fn cargo<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Comma
     command
 }
 
+/// Builds everything, as the Rust tests do: another selection has other features, and would build candle again.
+///
+/// # Errors
+/// If cargo fails.
+pub(crate) fn build_all() -> Result<()> {
+    must(&mut cargo([
+        "build",
+        "--release",
+        "--quiet",
+        "--workspace",
+        "--all-targets",
+    ]))
+}
+
+/// Name and value of the setting with which the server starts its workers: freed memory is kept for a minute. A comparison with
+/// what a job takes under a server needs it too.
+pub(crate) const AS_A_WORKER: (&str, &str) = ("MIMALLOC_PURGE_DELAY", "60000");
+
 /// What a streamed program printed, and whether it succeeded.
 pub(crate) struct Streamed {
     /// Exit status 0.

@@ -87,8 +87,7 @@ struct Figures {
 /// # Errors
 /// If a part cannot be run, a downloaded file or a result file is not what it should be, or the bases give different adapters.
 pub(crate) fn run(root: &Path, size: &Size) -> Result<()> {
-    let cargo = ["build", "--release", "--quiet", "--workspace", "--all-targets"];
-    exec::must(&mut exec::cargo(cargo))?;
+    exec::build_all()?;
     let lorad = exec::target_dir(root).join("release/lorad");
     let python = provision::oracle(root)?;
     let scratch = Scratch::new()?;
@@ -196,8 +195,7 @@ fn train(command: &mut Command, out: &Path) -> Result<Figures> {
     let mut child = command
         .arg("--metrics")
         .arg(&metrics)
-        // As the server starts its workers.
-        .env("MIMALLOC_PURGE_DELAY", "60000")
+        .envs([exec::AS_A_WORKER])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(fs::File::create(&log)?)

@@ -26,13 +26,7 @@ impl Server {
     /// # Errors
     /// If it cannot be built or does not come up.
     pub(crate) fn start(root: &Path, data_dir: &Path, settings: &[(&str, &str)]) -> Result<Self> {
-        exec::must(&mut exec::cargo([
-            "build",
-            "--release",
-            "--quiet",
-            "--workspace",
-            "--all-targets",
-        ]))?;
+        exec::build_all()?;
         let mut child = Command::new(exec::target_dir(root).join("release/lorad"))
             .args(["serve", "--bind", "127.0.0.1:0"])
             .env("LORAD_STORAGE__DATA_DIR", data_dir)

@@ -194,14 +194,7 @@ fn browser(root: &Path) -> Result<Tally> {
     let folder = root.join("tests/browser");
     let chromium = provision::chromium()?;
     provision::npm_packages(&folder)?;
-    // The whole workspace, as the Rust tests did: another selection has other features, and would build candle again.
-    exec::must(&mut exec::cargo([
-        "build",
-        "--release",
-        "--quiet",
-        "--workspace",
-        "--all-targets",
-    ]))?;
+    exec::build_all()?;
     let mut tests: Vec<_> = fs::read_dir(&folder)
         .with_context(|| format!("read {}", folder.display()))?
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())

@@ -78,8 +78,7 @@ fn without_server(program: &Path, scratch: &Path) -> Result<f64> {
         .arg(scratch.join("none"))
         .arg("--metrics")
         .arg(&metrics)
-        // As the server starts its workers.
-        .env("MIMALLOC_PURGE_DELAY", "60000");
+        .envs([exec::AS_A_WORKER]);
     for (name, value) in demo["hyperparameters"]
         .as_object()
         .context("the demo has no hyperparameters")?
